@@ -1,0 +1,87 @@
+"""Encoded samples to one packed row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moevlm.batch import DEFAULT_VIEW, IGNORE_INDEX, IMAGE_TOKEN_ID, NO_PAIR, EncodedSample, VLMBatch
+
+
+def pack(samples: Sequence[EncodedSample], position: int = -1) -> VLMBatch:
+    """One micro-batch from its samples, in order, without padding.
+
+    Args:
+        samples: at least one; chosen and rejected of a pair share a `pair_id` and are both among them.
+        position: samples consumed before the global batch that this is part of.
+
+    Raises:
+        ValueError: no samples, an empty sample, a label on a first token (no row predicts it), labels or segments of
+            another length, images that disagree with the placeholders, a pair that is not one chosen and one rejected.
+    """
+    if not samples:
+        raise ValueError("a micro-batch needs at least one sample; set micro_batch_size to 1 or more")
+    counts = [_check(sample) for sample in samples]
+    labels_T = torch.cat([sample.labels for sample in samples])
+    image_sequences = tuple(row for row, count in enumerate(counts) for _ in range(count))
+    return VLMBatch(
+        input_ids=torch.cat([sample.input_ids for sample in samples]),
+        labels=labels_T,
+        segments=torch.cat([sample.segments for sample in samples]),
+        lengths=tuple(len(sample.input_ids) for sample in samples),
+        num_targets=int((labels_T != IGNORE_INDEX).sum()),
+        image_sequences=image_sequences,
+        images=_merge_views(samples, len(image_sequences)),
+        sources=torch.tensor([sample.source for sample in samples]),
+        pair_ids=torch.tensor([sample.pair_id for sample in samples]),
+        is_chosen=torch.tensor([sample.is_chosen for sample in samples]),
+        keys=tuple(sample.key for sample in samples),
+        position=position,
+        num_pairs=_count_pairs(samples),
+    )
+
+
+def _check(sample: EncodedSample) -> int:
+    length = len(sample.input_ids)
+    if length == 0:
+        raise ValueError(f"sample {sample.key} is empty")
+    if len(sample.labels) != length or len(sample.segments) != length:
+        raise ValueError(
+            f"sample {sample.key}: {length} tokens, {len(sample.labels)} labels, {len(sample.segments)} segments"
+        )
+    if sample.labels[0] != IGNORE_INDEX:
+        raise ValueError(f"sample {sample.key}: its first token is a label, and no row predicts a first token")
+    num_images = int((sample.input_ids == IMAGE_TOKEN_ID).sum())
+    for view, images_N3HW in sample.images.items():
+        if len(images_N3HW) != num_images:
+            raise ValueError(
+                f"sample {sample.key}: {num_images} image placeholders, {len(images_N3HW)} images in view {view!r}"
+            )
+    if num_images and DEFAULT_VIEW not in sample.images:
+        raise ValueError(f"sample {sample.key}: {num_images} image placeholders but no images")
+    return num_images
+
+
+def _merge_views(samples: Sequence[EncodedSample], num_images: int) -> dict[str, Tensor]:
+    merged: dict[str, Tensor] = {}
+    for view in dict.fromkeys([DEFAULT_VIEW, *(view for sample in samples for view in sample.images)]):
+        parts = [sample.images[view] for sample in samples if view in sample.images]
+        merged[view] = torch.cat(parts) if parts else torch.empty(0, 3, 1, 1)
+        if len(merged[view]) != num_images:
+            raise ValueError(f"view {view!r} has {len(merged[view])} images, the micro-batch {num_images}")
+    return merged
+
+
+def _count_pairs(samples: Sequence[EncodedSample]) -> int:
+    members: dict[int, list[bool]] = {}
+    for sample in samples:
+        if sample.pair_id != NO_PAIR:
+            members.setdefault(sample.pair_id, []).append(sample.is_chosen)
+    for pair_id, chosen in members.items():
+        if sorted(chosen) != [False, True]:
+            raise ValueError(
+                f"pair {pair_id} needs one chosen and one rejected sequence in a micro-batch, got {chosen}"
+            )
+    return len(members)

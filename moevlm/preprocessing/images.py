@@ -1,0 +1,133 @@
+"""Image files to normalised tensors: one transform for training, evaluation and serving."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from moevlm.preprocessing.rejection import RejectedSample
+
+MODES = ("pad", "square", "stretch")
+INTERPOLATIONS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
+MAX_PIXELS = 89_478_485
+"""Pillow's own threshold of a suspected decompression bomb; larger images are refused before they are decoded."""
+
+ImageSource = bytes | Image.Image
+
+
+def decode_image(source: ImageSource) -> Image.Image:
+    """An upright 8-bit RGB image.
+
+    EXIF rotation is applied, CMYK, palette and grey images are converted, 16-bit grey is scaled to 8 bits, transparency
+    is dropped (as LLaVA does).
+
+    Raises:
+        RejectedSample: unreadable_image, animated_image, image_too_large, unsupported_image_mode.
+    """
+    try:
+        image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+        if image.width * image.height > MAX_PIXELS:
+            raise RejectedSample("image_too_large", f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}")
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photograph and its previews
+            raise RejectedSample("animated_image", f"{getattr(image, 'n_frames', 0)} frames")
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise RejectedSample("image_too_large", str(error)) from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, RejectedSample):
+            raise
+        raise RejectedSample("unreadable_image", str(error)) from error
+    return _to_rgb(upright if upright is not None else image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16 bits a pixel; Image.convert would clip everything above 255 to white
+        grey_HW = np.asarray(image).astype(np.int64)
+        if grey_HW.min() < 0 or grey_HW.max() > 65535:
+            raise RejectedSample("unsupported_image_mode", f"mode {image.mode} with values outside 16 bits")
+        image = Image.fromarray((grey_HW // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise RejectedSample("unsupported_image_mode", "floating-point pixels")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Resize and normalise: ``(pixel / 255 - mean) / std``, float32.
+
+    Modes: `pad` centres the image on a square of the mean colour (LLaVA-1.5), `square` scales the short side and crops
+    the centre (CLIP), `stretch` ignores the aspect ratio (SigLIP). PIL resizes, with antialiasing.
+    """
+
+    image_size: int
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
+    mode: str = "pad"
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
+        object.__setattr__(self, "std", tuple(float(value) for value in self.std))
+        if self.mode not in MODES:
+            raise ValueError(f"image mode must be one of {', '.join(MODES)}, got {self.mode!r}; set image.mode")
+        if self.interpolation not in INTERPOLATIONS:
+            known = ", ".join(INTERPOLATIONS)
+            raise ValueError(
+                f"interpolation must be one of {known}, got {self.interpolation!r}; set image.interpolation"
+            )
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}; set image.image_size")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"mean and std need 3 values, std > 0; got {self.mean}, {self.std}; set image.mean, image.std"
+            )
+
+    def __call__(self, source: ImageSource) -> Tensor:
+        """[3, image_size, image_size] float32 from an encoded file or a PIL image."""
+        image = self._resize(decode_image(source))
+        pixels_HW3 = torch.from_numpy(np.array(image, dtype=np.float32)) / 255.0
+        normalised_HW3 = (pixels_HW3 - torch.tensor(self.mean)) / torch.tensor(self.std)
+        return normalised_HW3.permute(2, 0, 1).contiguous()
+
+    def stack(self, sources: Sequence[ImageSource]) -> Tensor:
+        """[n, 3, image_size, image_size]; n may be 0."""
+        if not sources:
+            return torch.empty(0, 3, self.image_size, self.image_size)
+        return torch.stack([self(source) for source in sources])
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        size, resampling = self.image_size, INTERPOLATIONS[self.interpolation]
+        if self.mode == "square":
+            scale = size / min(image.size)
+            width, height = (max(size, round(side * scale)) for side in image.size)
+            left, top = (width - size) // 2, (height - size) // 2
+            return image.resize((width, height), resampling).crop((left, top, left + size, top + size))
+        if self.mode == "pad" and image.width != image.height:
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in self.mean))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        return image if image.size == (size, size) else image.resize((size, size), resampling)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `ImageTransform(**values)` takes them."""
+        values = dataclasses.asdict(self)
+        return {**values, "mean": list(self.mean), "std": list(self.std)}

@@ -1,0 +1,214 @@
+"""Records to encoded samples: tokenizer, chat template and image transform in one object, saved with a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moevlm.batch import DEFAULT_VIEW, IGNORE_INDEX, IMAGE_TOKEN_ID, NO_PAIR, EncodedSample, Record, Turn
+from moevlm.preprocessing.chat_templates import ChatTemplate
+from moevlm.preprocessing.images import ImageSource, ImageTransform
+from moevlm.preprocessing.rejection import RejectedSample
+from moevlm.preprocessing.templates import IMAGE_TAG
+
+PROCESSOR_FILE = "processor.json"
+OVERLONG = ("reject", "drop_rounds")
+
+EncodedTurns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
+
+
+class Processor:
+    """What turns a raw sample into tokens and pixels.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        chat_template: name of a `ChatTemplate`.
+        image_transform: makes the default view of every image.
+        max_length: longest sequence, in tokens, every image counted as `num_visual_tokens`.
+        num_visual_tokens: what an image takes in the decoder's row; the model's `num_visual_tokens`.
+        overlong: what happens to a longer one: `reject`, or `drop_rounds` (whole last rounds go until it fits).
+        extra_views: transforms of further views by name, for a teacher with another vision encoder.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str,
+        image_transform: ImageTransform,
+        *,
+        max_length: int = 2048,
+        num_visual_tokens: int = 1,
+        overlong: str = "reject",
+        extra_views: Mapping[str, ImageTransform] | None = None,
+    ) -> None:
+        if overlong not in OVERLONG:
+            raise ValueError(f"overlong must be one of {', '.join(OVERLONG)}, got {overlong!r}; set processor.overlong")
+        if max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {max_length}; set processor.max_length")
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(chat_template, tokenizer)
+        self.image_transform = image_transform
+        self.max_length, self.num_visual_tokens, self.overlong = max_length, num_visual_tokens, overlong
+        self.extra_views = dict(extra_views or {})
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids at which generation ends an answer."""
+        return self.template.stop_token_ids
+
+    def with_view(self, name: str, transform: ImageTransform) -> Processor:
+        """The same processor, which makes one more view of every image."""
+        return self._copy(extra_views={**self.extra_views, name: transform})
+
+    def encode(self, record: Record, *, source: int = 0, pair_id: int = NO_PAIR) -> list[EncodedSample]:
+        """Encode a conversation, or with a `pair_id` the chosen and the rejected conversation of a preference pair.
+
+        Without a `pair_id` a preference record gives its chosen conversation alone (fine-tuning on preferred answers).
+
+        Raises:
+            RejectedSample: too_long, image_tag_mismatch, not_a_pair, or a reason of the template or an image.
+        """
+        if pair_id != NO_PAIR and record.rejected_turns is None:
+            raise RejectedSample("not_a_pair", "a preference stage needs records with chosen and rejected turns")
+        sides = [record.turns]
+        if pair_id != NO_PAIR and record.rejected_turns is not None:
+            sides.append(record.rejected_turns)
+        encoded = [self._encode_turns(turns, len(record.images), shorten=pair_id == NO_PAIR) for turns in sides]
+        images = self._images(record.images)  # last: the costly part
+        return [
+            EncodedSample(
+                record.key,
+                ids_S,
+                labels_S,
+                segments_S,
+                {view: pixels[:num_images] for view, pixels in images.items()},
+                source,
+                pair_id,
+                is_chosen=pair_id != NO_PAIR and number == 0,
+            )
+            for number, (ids_S, labels_S, segments_S, num_images) in enumerate(encoded)
+        ]
+
+    def encode_prompt(
+        self, turns: Sequence[Turn], images: Sequence[ImageSource] = (), *, key: str = ""
+    ) -> EncodedSample:
+        """A prompt for generation: ends where the answer starts, exactly as in training; no labels."""
+        ids_S, labels_S, segments_S = self.template.encode(turns, add_generation_prompt=True)
+        pixels = self._images(images)
+        self._check_images(len(ids_S), ids_S, len(images))
+        return EncodedSample(key, ids_S, torch.full_like(labels_S, IGNORE_INDEX), segments_S, pixels)
+
+    def count_tokens(self, record: Record) -> tuple[int, int]:
+        """Text tokens (images not counted) and images of a record; the longer side of a pair. No image is decoded."""
+        sides = [record.turns] if record.rejected_turns is None else [record.turns, record.rejected_turns]
+        num_images = len(record.images)
+        return max(len(self.template.encode(turns)[0]) for turns in sides) - num_images, num_images
+
+    def token_hash(self) -> str:
+        """Names what tokenization depends on: the tokenizer and the template."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        described = json.loads(backend.to_str()) if backend is not None else self.tokenizer.get_vocab()
+        for state in ("truncation", "padding"):  # of the last call, not of the vocabulary
+            described.pop(state, None) if backend is not None else None
+        own = self.tokenizer.chat_template if self.template.name == "backbone" else None
+        text = json.dumps([described, self.template.name, own], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer files and ``processor.json``."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(str(path))
+        (path / PROCESSOR_FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tokenizer and the extra views, which belong to a run and not to a model."""
+        return {
+            "chat_template": self.template.name,
+            "image": self.image_transform.to_dict(),
+            "max_length": self.max_length,
+            "num_visual_tokens": self.num_visual_tokens,
+            "overlong": self.overlong,
+        }
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Processor:
+        """Read what `save_pretrained` wrote."""
+        return build_processor(str(folder))
+
+    def _copy(self, **changes: Any) -> Processor:
+        options: dict[str, Any] = {
+            "max_length": self.max_length,
+            "num_visual_tokens": self.num_visual_tokens,
+            "overlong": self.overlong,
+            "extra_views": self.extra_views,
+        }
+        return Processor(self.tokenizer, self.template.name, self.image_transform, **{**options, **changes})
+
+    def _images(self, images: Sequence[ImageSource]) -> dict[str, torch.Tensor]:
+        views = {DEFAULT_VIEW: self.image_transform, **self.extra_views}
+        return {name: transform.stack(images) for name, transform in views.items()}
+
+    def _encode_turns(self, turns: Sequence[Turn], num_images: int, *, shorten: bool) -> EncodedTurns:
+        """Tokens of the longest run of first rounds that fits, and how many of the images it shows."""
+        while True:
+            ids_S, labels_S, segments_S = self.template.encode(turns)
+            length = self._check_images(len(ids_S), ids_S, num_images)
+            if length <= self.max_length:
+                return ids_S, labels_S, segments_S, num_images
+            shorter = turns[:-1] if turns[-1].role == "user" else turns[:-2]
+            answered = any(turn.role == "assistant" for turn in shorter)
+            if self.overlong == "reject" or not shorten or not answered:
+                raise RejectedSample("too_long", f"{length} tokens, processor.max_length is {self.max_length}")
+            turns, num_images = shorter, sum(turn.text.count(IMAGE_TAG) for turn in shorter)
+
+    def _check_images(self, num_tokens: int, ids_S: torch.Tensor, num_images: int) -> int:
+        tags = int((ids_S == IMAGE_TOKEN_ID).sum())
+        if tags != num_images:
+            raise RejectedSample("image_tag_mismatch", f"{tags} <image> tags, {num_images} images")
+        return num_tokens + num_images * (self.num_visual_tokens - 1)
+
+
+def build_processor(
+    tokenizer: str,
+    chat_template: str | None = None,
+    image: Mapping[str, Any] | None = None,
+    *,
+    max_length: int | None = None,
+    num_visual_tokens: int | None = None,
+    overlong: str | None = None,
+) -> Processor:
+    """A processor from a tokenizer folder or hub id.
+
+    What is not given is read from ``processor.json`` beside the tokenizer, as `Processor.save_pretrained` leaves it in
+    every model folder. `image` holds the arguments of `ImageTransform`.
+    """
+    from transformers import AutoTokenizer
+
+    saved_file = Path(tokenizer) / PROCESSOR_FILE
+    saved = json.loads(saved_file.read_text()) if saved_file.is_file() else {}
+    given = {
+        "chat_template": chat_template,
+        "image": dict(image) if image is not None else None,
+        "max_length": max_length,
+        "num_visual_tokens": num_visual_tokens,
+        "overlong": overlong,
+    }
+    options = {**saved, **{name: value for name, value in given.items() if value is not None}}
+    for name in ("chat_template", "image"):
+        if name not in options:
+            raise ValueError(f"{tokenizer} has no {PROCESSOR_FILE}, so processor.{name} must be set")
+    transform = ImageTransform(**options.pop("image"))
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"no tokenizer at {tokenizer!r}: {reason}; set processor.tokenizer to a folder or hub id"
+        ) from error
+    return Processor(loaded, options.pop("chat_template"), transform, **options)

@@ -1,0 +1,152 @@
+"""Conversations to text pieces: which words surround a turn, and which pieces are supervised.
+
+A piece is tokenized on its own, so that a prompt and the conversation it begins share their tokens exactly and no token
+ever straddles the border between what is supervised and what is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moevlm.batch import Segment, Turn
+from moevlm.preprocessing.rejection import RejectedSample
+
+IMAGE_TAG = "<image>"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is tokenized on its own; supervised pieces become labels."""
+
+    text: str
+    segment: Segment
+    supervised: bool = False
+
+
+@dataclass(frozen=True)
+class Markup:
+    """The words around turns. `end` None stands for the tokenizer's end-of-sequence token."""
+
+    system_prefix: str
+    system_suffix: str
+    after_system: str  # opens the piece that follows
+    user_prefix: str
+    user_suffix: str
+    assistant_prefix: str  # the generation prompt
+    answer_prefix: str  # supervised, as the model has to produce it
+    end: str | None
+    after_answer: str
+    default_system: str | None = None
+
+
+CHATML = Markup(
+    system_prefix="<|im_start|>system\n",
+    system_suffix="<|im_end|>",
+    after_system="\n",
+    user_prefix="<|im_start|>user\n",
+    user_suffix="<|im_end|>\n",
+    assistant_prefix="<|im_start|>assistant\n",
+    answer_prefix="",
+    end="<|im_end|>",
+    after_answer="\n",
+)
+VICUNA_V1 = Markup(
+    system_prefix="",
+    system_suffix="",
+    after_system=" ",
+    user_prefix="USER: ",
+    user_suffix=" ",
+    assistant_prefix="ASSISTANT:",
+    answer_prefix=" ",
+    end=None,
+    after_answer="",
+    default_system=(
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions."
+    ),
+)
+MARKUPS = {"chatml": CHATML, "vicuna_v1": VICUNA_V1}
+PLAIN_END = "\n"
+
+
+def render_markup(markup: Markup, end: str, turns: Sequence[Turn], add_generation_prompt: bool) -> list[Piece]:
+    """Pieces of a conversation in a template of fixed words."""
+    if markup.default_system is not None and turns[0].role != "system":
+        turns = [Turn("system", markup.default_system), *turns]
+    pieces: list[Piece] = []
+    pending = ""  # unsupervised words that the next piece starts with
+    for turn in turns:
+        if turn.role == "system":
+            text = pending + markup.system_prefix + turn.text + markup.system_suffix
+            pieces.append(Piece(text, Segment.SYSTEM))
+            pending = markup.after_system
+        elif turn.role == "user":
+            pending += markup.user_prefix + turn.text + markup.user_suffix
+        else:
+            pieces.append(Piece(pending + markup.assistant_prefix, Segment.QUESTION))
+            pieces.append(Piece(markup.answer_prefix + turn.text + end, Segment.ANSWER, supervised=True))
+            pending = markup.after_answer
+    if add_generation_prompt:
+        pieces.append(Piece(pending + markup.assistant_prefix, Segment.QUESTION))
+    elif turns[-1].role == "user":
+        pieces.append(Piece(pending, Segment.QUESTION))
+    return pieces
+
+
+def render_plain(turns: Sequence[Turn], add_generation_prompt: bool) -> list[Piece]:
+    """Image and caption only, the human words dropped (LLaVA's stage 1): ``<image>caption\\n``."""
+    asked = [turn for turn in turns if turn.role != "system"]
+    if len(asked) != 1 + (not add_generation_prompt) or asked[0].role != "user":
+        raise RejectedSample("not_one_round", "the plain template takes one question and one answer")
+    if IMAGE_TAG not in asked[0].text:
+        raise RejectedSample("no_image", "the plain template drops the question, so it needs an image")
+    pieces = [Piece(IMAGE_TAG * asked[0].text.count(IMAGE_TAG), Segment.QUESTION)]
+    if not add_generation_prompt:
+        pieces.append(Piece(asked[1].text, Segment.ANSWER, supervised=True))
+        pieces.append(Piece(PLAIN_END, Segment.ANSWER, supervised=True))  # apart: some tokenizers merge ".\n"
+    return pieces
+
+
+def render_backbone(tokenizer: Any, end: str, turns: Sequence[Turn], add_generation_prompt: bool) -> list[Piece]:
+    """Pieces of the tokenizer's own chat template, found by rendering growing prefixes of the conversation.
+
+    Raises:
+        RejectedSample: template_error when the template refuses the turns, template_not_incremental when it rewrites
+            earlier turns (then no exact mask exists), template_without_end when an answer is not closed by `end`.
+    """
+    pieces: list[Piece] = []
+    done = ""  # the text that the pieces so far cover
+    for number, turn in enumerate(turns):
+        upto = turns[: number + 1]
+        if turn.role == "system":
+            if number + 1 < len(turns) and turns[number + 1].role == "user":
+                continue  # some templates fold the system turn into the first question
+            raise RejectedSample("template_error", "a system turn must be followed by a question")
+        if turn.role == "user":
+            is_last = number + 1 == len(turns)
+            if is_last:
+                text = _extend(tokenizer, done, upto, add_generation_prompt)
+                pieces.append(Piece(text, Segment.QUESTION))
+            continue
+        prompt = _extend(tokenizer, done, turns[:number], True)
+        answer = _extend(tokenizer, done + prompt, upto, False)
+        stop = answer.find(end)
+        if stop < 0:
+            raise RejectedSample("template_without_end", f"the answer is not followed by {end!r}")
+        answer = answer[: stop + len(end)]
+        pieces += [Piece(prompt, Segment.QUESTION), Piece(answer, Segment.ANSWER, supervised=True)]
+        done += prompt + answer
+    return pieces
+
+
+def _extend(tokenizer: Any, done: str, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # templates raise whatever their author chose
+        raise RejectedSample("template_error", str(error)) from error
+    if not text.startswith(done):
+        raise RejectedSample("template_not_incremental", "the chat template changes earlier turns")
+    return text[len(done) :]
