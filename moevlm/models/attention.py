@@ -1,0 +1,137 @@
+"""Attention over a packed row: every sequence attends to itself only.
+
+Registered with transformers' attention interface under `PACKED_ATTENTION`. A block-diagonal mask over the whole row would
+be quadratic in the row (1.7-3.2 times slower than padding on CPU), so the row is cut into its sequences, padded on the
+right to the longest, and attention runs causally without a mask: padding stands behind every real token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+PACKED_ATTENTION = "moevlm_packed"
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSequences:
+    """Where the sequences of a row lie; built once per forward and handed down to every layer."""
+
+    lengths: tuple[int, ...]  # [B]
+    pad_index: Tensor | None  # [B * S] row index of every padded place; padding repeats row 0
+    unpad_index: Tensor | None  # [U] padded place of every row; both None when all lengths are equal
+
+    @classmethod
+    def from_lengths(cls, lengths: tuple[int, ...], device: torch.device) -> PackedSequences:
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return cls(lengths, None, None)
+        pad_index = torch.zeros(len(lengths), longest, dtype=torch.int64)
+        unpad_index = torch.empty(sum(lengths), dtype=torch.int64)
+        start = 0
+        for row, length in enumerate(lengths):
+            pad_index[row, :length] = torch.arange(start, start + length)
+            unpad_index[start : start + length] = torch.arange(row * longest, row * longest + length)
+            start += length
+        return cls(lengths, pad_index.flatten().to(device), unpad_index.to(device))
+
+    def pad(self, states_1HUD: Tensor) -> Tensor:
+        """[1, H, U, d] -> [B, H, S, d]."""
+        states_HUD = states_1HUD[0]
+        if self.pad_index is not None:
+            states_HUD = states_HUD.index_select(1, self.pad_index)
+        return states_HUD.unflatten(1, (len(self.lengths), -1)).transpose(0, 1)
+
+    def unpad(self, states_BHSD: Tensor) -> Tensor:
+        """[B, H, S, d] -> [1, U, H, d], the layout that transformers expects back."""
+        states_UHD = states_BHSD.transpose(1, 2).flatten(0, 1)
+        if self.unpad_index is not None:
+            states_UHD = states_UHD.index_select(0, self.unpad_index)
+        return states_UHD.unsqueeze(0)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_sequences: PackedSequences | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal softmax attention, per sequence of a packed row or, without `packed_sequences`, with the mask given.
+
+    Args:
+        query: [1, H, U, d] packed, or [B, H, S, d] in generation; key and value likewise, with fewer heads if grouped.
+        attention_mask: in generation: [B, 1, S, S_total], bool (True attends) or additive; None while packed.
+        packed_sequences: handed through the decoder's keyword arguments.
+        sliding_window: keys further back than this are not seen (Mistral, arXiv:2310.06825).
+        softcap: ``c * tanh(scores / c)`` (Gemma 2, arXiv:2408.00118).
+    """
+    if packed_sequences is not None:
+        query, key, value = (packed_sequences.pad(states) for states in (query, key, value))
+        attention_mask = None
+    mask = _window_mask(query, key, attention_mask, sliding_window)
+    if softcap is not None:
+        output_BSHD = _softcapped(query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap)
+    else:
+        output_BSHD, _ = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if packed_sequences is not None:
+        output_BSHD = packed_sequences.unpad(output_BSHD.transpose(1, 2))
+    return output_BSHD, None
+
+
+def _window_mask(query: Tensor, key: Tensor, mask: Tensor | None, sliding_window: int | None) -> Tensor | None:
+    """The mask narrowed to a sliding window, where one is in force and shorter than the keys."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if sliding_window is None or num_keys <= sliding_window:
+        return mask
+    key_places = torch.arange(num_keys, device=key.device)
+    query_places = key_places[num_keys - num_queries :, None]
+    window = (key_places > query_places - sliding_window) & (key_places <= query_places)
+    if mask is None:
+        return window[None, None]
+    if mask.dtype == torch.bool:
+        return mask & window
+    return mask.masked_fill(~window, torch.finfo(mask.dtype).min)
+
+
+def _softcapped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """SDPA has no soft cap; scores are made in full here, per sequence, softmax in float32."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout)
+    return (weights @ value).transpose(1, 2)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

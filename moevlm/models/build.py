@@ -1,0 +1,138 @@
+"""One function that builds any VLM from plain values; conf/model/ names it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moevlm.models.connector import build_connector
+from moevlm.models.decoder import build_decoder
+from moevlm.models.pretrained import cast_parameters, load_pretrained, read_config
+from moevlm.models.upcycling import moe_layer_indices, upcycle
+from moevlm.models.vision_encoder import VisionEncoder
+from moevlm.models.vlm import VLM
+
+
+def build_vlm(
+    vision_encoder: dict[str, Any] | None,
+    connector: str,
+    language_model: str | dict[str, Any],
+    *,
+    moe: dict[str, Any] | None = None,
+    weights: str | None = None,
+    vocab_size: int | None = None,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> VLM:
+    """Build a VLM from pretrained or random parts, or continue from a model folder; it comes in training mode.
+
+    The same arguments give the same weights; the global random state is left as it was.
+
+    Args:
+        vision_encoder: arguments of `VisionEncoder`; None for a blind model.
+        connector: a kind that `build_connector` knows.
+        language_model: hub id, folder, or config of the decoder.
+        moe: arguments of `upcycle`; None leaves the model as it is.
+        weights: a model folder. All parts then come from it, and the arguments above are only compared with it, so a
+            next stage keeps its model settings. A dense folder is upcycled if `moe` asks for it.
+        vocab_size: the tokenizer's number of ids, to be checked.
+        seed: of every random weight.
+        dtype: of the parameters, routers excepted (always float32).
+
+    Raises:
+        ValueError: settings that do not fit together, or a model folder of another model.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if weights is None:
+            vlm = _from_parts(vision_encoder, connector, language_model, vocab_size, gradient_checkpointing)
+        else:
+            config = read_config(weights)
+            _check_same_parts(config, vision_encoder, connector, language_model, weights)
+            vlm = load_pretrained(weights, gradient_checkpointing=gradient_checkpointing)
+            _check_vocabulary(vlm, vocab_size, weights)
+        if moe is not None:
+            vlm = _make_sparse(vlm, moe, seed, weights)
+    cast_parameters(vlm, dtype)
+    return vlm.train()
+
+
+def _from_parts(
+    vision_settings: dict[str, Any] | None,
+    connector_kind: str,
+    language_model_source: str | dict[str, Any],
+    vocab_size: int | None,
+    gradient_checkpointing: bool,
+) -> VLM:
+    vision_encoder = None if vision_settings is None else VisionEncoder(**vision_settings)
+    language_model = build_decoder(language_model_source, vocab_size=vocab_size)
+    connector = None
+    if vision_encoder is not None:
+        connector = build_connector(
+            connector_kind, vision_encoder.width, language_model.config.hidden_size, vision_encoder.num_tokens
+        )
+    return VLM(vision_encoder, connector, language_model, gradient_checkpointing=gradient_checkpointing)
+
+
+def _make_sparse(vlm: VLM, moe: dict[str, Any], seed: int, weights: str | None) -> VLM:
+    if vlm.moe is None:
+        return upcycle(vlm, **{"seed": seed, **moe})
+    num_layers = vlm.language_model.config.num_hidden_layers
+    placement = moe_layer_indices(num_layers, moe.get("placement", "interval"))
+    num_experts = moe["num_experts"]
+    wanted = {
+        "num_experts": [num_experts] * len(placement) if isinstance(num_experts, int) else list(num_experts),
+        "top_k": moe.get("top_k", 2),
+        "placement": placement,
+        "capacity_factor": moe.get("capacity_factor"),
+        "min_capacity": moe.get("min_capacity", 0),
+    }
+    differences = [f"{key} is {vlm.moe[key]}, not {wanted[key]}" for key in wanted if vlm.moe[key] != wanted[key]]
+    if differences:
+        raise ValueError(
+            f"{weights} is sparse already, and otherwise than asked: {'; '.join(differences)}; set model.moe=null to "
+            "take it as it is, or model.weights to a dense folder"
+        )
+    return vlm
+
+
+def _check_same_parts(
+    config: dict[str, Any],
+    vision_encoder: dict[str, Any] | None,
+    connector: str,
+    language_model: str | dict[str, Any],
+    weights: str,
+) -> None:
+    """Refuse a folder that contradicts the settings given beside it; a hub id or path of a decoder is not compared."""
+    differences = []
+    if (vision_encoder is None) != (config["vision_encoder"] is None):
+        differences.append(f"vision_encoder is {config['vision_encoder']}, not {vision_encoder}")
+    elif vision_encoder is not None:
+        if connector != config["connector"]:
+            differences.append(f"connector is {config['connector']!r}, not {connector!r}")
+        differences += _different(config["vision_encoder"], vision_encoder, "vision_encoder")
+    if isinstance(language_model, dict):
+        differences += _different(config["language_model"], language_model, "language_model")
+    if differences:
+        raise ValueError(
+            f"{weights} is a checkpoint of another model: {'; '.join(differences)}; change model.weights, or these "
+            "model settings to the checkpoint's"
+        )
+
+
+def _different(found: dict[str, Any], wanted: dict[str, Any], part: str) -> list[str]:
+    return [
+        f"{part}.{key} is {found[key]!r}, not {value!r}"
+        for key, value in wanted.items()
+        if key in found and (found[key] or None) != (value or None)
+    ]
+
+
+def _check_vocabulary(vlm: VLM, vocab_size: int | None, weights: str) -> None:
+    known = vlm.language_model.config.vocab_size
+    if vocab_size is not None and known < vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} ids, the model in {weights} embeds only {known}; set model.weights"
+        )

@@ -1,0 +1,105 @@
+"""Language models: any transformers decoder whose attention can be replaced by ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from moevlm.batch import Head
+from moevlm.models.attention import PACKED_ATTENTION
+
+PACKABLE_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def build_decoder(source: str | dict[str, Any], *, vocab_size: int | None = None) -> PreTrainedModel:
+    """A causal language model with packed attention, in float32.
+
+    Args:
+        source: hub id or folder of a pretrained model, or a config (``{"model_type": "qwen2", ...}``) for random weights.
+        vocab_size: the tokenizer's number of ids; checked against the embedding table.
+
+    Raises:
+        ValueError: no such folder, unknown model type, a decoder whose sequences cannot be packed, or too small a vocabulary.
+    """
+    if isinstance(source, dict):
+        model = _from_config(source)
+    else:
+        _check_folder(source)
+        config = AutoConfig.from_pretrained(source)
+        _check_packable(config)
+        model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=PACKED_ATTENTION, dtype="float32")
+    if vocab_size is not None and model.config.vocab_size < vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} ids, the language model {source!r} embeds only {model.config.vocab_size}; "
+            "set model.language_model and the tokenizer to a pair that belongs together"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, whatever the architecture calls them."""
+    num_layers = language_model.config.num_hidden_layers
+    for module in language_model.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise ValueError(f"no list of {num_layers} layers found in {type(language_model).__name__}")
+
+
+def language_model_head(language_model: PreTrainedModel) -> Head:
+    """Weight, bias, soft cap and scale of the vocabulary projection."""
+    output = language_model.get_output_embeddings()
+    config = language_model.config
+    scale = getattr(config, "logit_scale", None)  # Cohere multiplies, Granite divides
+    if scale is None:
+        scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    bias: Tensor | None = getattr(output, "bias", None)
+    return Head(output.weight, bias, getattr(config, "final_logit_softcapping", None), float(scale))
+
+
+def _from_config(settings: dict[str, Any]) -> PreTrainedModel:
+    settings = dict(settings)
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(
+            "a language model config needs model_type, for example qwen2; set model.language_model.model_type"
+        )
+    try:
+        config = AutoConfig.for_model(model_type, **settings)
+    except ValueError as error:
+        raise ValueError(f"unknown model_type {model_type!r}; set model.language_model.model_type: {error}") from error
+    _check_packable(config)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION)  # type: ignore[no-any-return]
+
+
+def _check_folder(source: str) -> None:
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.is_absolute() or source.startswith("."):
+            raise ValueError(f"no folder {source}; set model.language_model to a hub id or an existing folder")
+        return
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(
+            f"{source} holds no config.json; set model.language_model to the folder of a transformers model"
+        )
+    if json.loads(config_file.read_text()).get("format") == "moevlm":
+        raise ValueError(f"{source} is a whole VLM, not a language model; set model.weights to it instead")
+
+
+def _check_packable(config: Any) -> None:
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if not layer_types <= set(PACKABLE_LAYER_TYPES):
+        raise ValueError(
+            f"{config.model_type} has layers of type {', '.join(sorted(layer_types))}; only "
+            f"{', '.join(PACKABLE_LAYER_TYPES)} keep packed sequences apart; set model.language_model to another decoder"
+        )
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if model_class is None or not getattr(model_class, "_supports_attention_backend", False):
+        raise ValueError(
+            f"{config.model_type} does not take a registered attention function, so its sequences cannot be packed; "
+            "set model.language_model to another decoder"
+        )

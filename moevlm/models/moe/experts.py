@@ -1,0 +1,136 @@
+"""The experts of one layer as stacked parameters.
+
+Stacked, [E, out, in], and not a list of modules: under FSDP2 a module that a rank skips corrupts the gradients of
+others (pytorch#158719), and which experts a rank uses is decided by its tokens. A stacked parameter always gets a
+gradient, zero for the experts that had no token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+GATED_FFNS = (("gate_proj", "up_proj", "down_proj"),)
+PLAIN_FFNS = (("fc1", "fc2"), ("up_proj", "down_proj"), ("dense_h_to_4h", "dense_4h_to_h"))
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
+
+
+class StackedExperts(nn.Module):
+    """E feed-forward networks of one shape.
+
+    Gated: ``down(act(gate(x)) * up(x))`` (SwiGLU, arXiv:2002.05202); plain: ``second(act(first(x)))``. Parameters are named as in the
+    dense network they come from: ``gate_proj`` [E, F, D], and ``gate_proj_bias`` [E, F] where it has biases.
+    """
+
+    def __init__(self, projections: Sequence[tuple[str, Tensor, Tensor | None]], activation: nn.Module) -> None:
+        """Take over stacked weights.
+
+        Args:
+            projections: (name, weights [E, out, in], biases [E, out] or None), two for a plain network and three for a gated one.
+            activation: shared by the experts; holds no parameter.
+        """
+        super().__init__()
+        self.projection_names = tuple(name for name, _, _ in projections)
+        for name, weight, bias in projections:
+            self.register_parameter(name, nn.Parameter(weight))
+            self.register_parameter(f"{name}_bias", None if bias is None else nn.Parameter(bias))
+        self.activation = activation
+
+    @classmethod
+    def from_dense(cls, ffn: nn.Module, *, num_experts: int) -> StackedExperts:
+        """Copy a dense feed-forward network `num_experts` times (sparse upcycling, arXiv:2212.05055).
+
+        Raises:
+            ValueError: the network is of a kind that is not known here, or computes something else than its parts say.
+        """
+        if num_experts < 1:
+            raise ValueError(f"num_experts must be at least 1, got {num_experts}; set model.moe.num_experts")
+        names = ffn_projections(ffn)
+        projections = []
+        for name in names:
+            linear = ffn.get_submodule(name)
+            weight, bias = linear.weight, linear.bias
+            assert isinstance(weight, Tensor)
+            projections.append((name, _stack(weight, num_experts), _stack(bias, num_experts)))
+        experts = cls(projections, copy.deepcopy(_activation(ffn)))  # type: ignore[arg-type]
+        experts.train(ffn.training)
+        _check_equal(ffn, experts)
+        return experts
+
+    @property
+    def num_experts(self) -> int:
+        return self.get_parameter(self.projection_names[0]).shape[0]
+
+    def forward(self, rows_MD: Tensor, counts: Sequence[int]) -> Tensor:
+        """Run expert e on its ``counts[e]`` consecutive rows; an expert without rows is skipped.
+
+        unbind connects every expert to the graph at once: its backward writes one stacked gradient, where indexing
+        expert by expert would add up E of them.
+        """
+        weights = [self.get_parameter(name).unbind(0) for name in self.projection_names]
+        biases = [self._bias(name) for name in self.projection_names]
+        outputs = []
+        for expert, chunk_RD in enumerate(rows_MD.split(list(counts))):
+            is_last_resort = expert == 0 and rows_MD.shape[0] == 0  # no row at all: keep the graph connected
+            if counts[expert] or is_last_resort:
+                projections = [(weight[expert], bias[expert]) for weight, bias in zip(weights, biases)]
+                outputs.append(self._run(chunk_RD, projections))
+        return torch.cat(outputs)
+
+    def _bias(self, name: str) -> Sequence[Tensor | None]:
+        bias: Tensor | None = getattr(self, f"{name}_bias")
+        return [None] * self.num_experts if bias is None else bias.unbind(0)
+
+    def _run(self, rows_RD: Tensor, projections: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        linear = nn.functional.linear
+        if len(projections) == 3:
+            gate, up, down = projections
+            return linear(self.activation(linear(rows_RD, *gate)) * linear(rows_RD, *up), *down)
+        first, second = projections
+        return linear(self.activation(linear(rows_RD, *first)), *second)
+
+
+def ffn_projections(ffn: nn.Module) -> tuple[str, ...]:
+    """Names of the linear layers of a feed-forward network, in order of use; refuses what it does not know."""
+    linears = {name for name, child in ffn.named_children() if isinstance(child, nn.Linear)}
+    for names in (*GATED_FFNS, *PLAIN_FFNS):
+        if linears == set(names):
+            return names
+    known = ", ".join("/".join(names) for names in (*GATED_FFNS, *PLAIN_FFNS))
+    found = "/".join(name for name, _ in ffn.named_children()) or "no submodule"
+    raise ValueError(
+        f"{type(ffn).__name__} with {found} cannot be turned into experts; known feed-forward networks: {known}; "
+        "set model.language_model to a decoder that has one of these"
+    )
+
+
+def _activation(ffn: nn.Module) -> nn.Module:
+    for name in ACTIVATION_NAMES:
+        if isinstance(getattr(ffn, name, None), nn.Module):
+            return getattr(ffn, name)  # type: ignore[no-any-return]
+    raise ValueError(f"{type(ffn).__name__} has no activation module named {', '.join(ACTIVATION_NAMES)}")
+
+
+def _stack(tensor: Tensor | nn.Module | None, num_experts: int) -> Tensor | None:
+    if not isinstance(tensor, Tensor):
+        return None
+    return tensor.detach().unsqueeze(0).repeat(num_experts, *[1] * tensor.dim())
+
+
+@torch.no_grad()
+def _check_equal(ffn: nn.Module, experts: StackedExperts) -> None:
+    """A network with a hidden factor or dropout would pass the check by names; compare results."""
+    weight_EFD = experts.get_parameter(experts.projection_names[0])
+    if weight_EFD.is_meta:
+        return
+    rows_MD = torch.linspace(-1, 1, 3 * weight_EFD.shape[-1], device=weight_EFD.device, dtype=weight_EFD.dtype)
+    rows_MD = rows_MD.sin().view(3, -1)
+    expected_MD, found_MD = ffn(rows_MD), experts(rows_MD, [3] + [0] * (experts.num_experts - 1))
+    # a model that is about to be loaded holds whatever its memory held, NaN included
+    if not torch.allclose(expected_MD, found_MD, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            f"{type(ffn).__name__} computes something else than its linear layers say; it cannot be upcycled"
+        )

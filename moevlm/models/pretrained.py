@@ -1,0 +1,178 @@
+"""Model folders: config.json and model.safetensors, enough to rebuild a VLM anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.initialization import no_init_weights
+
+from moevlm.models.connector import build_connector
+from moevlm.models.decoder import build_decoder
+from moevlm.models.moe.router import Router
+from moevlm.models.upcycling import upcycle
+from moevlm.models.vision_encoder import VisionEncoder
+from moevlm.models.vlm import VLM
+
+FORMAT = "moevlm"
+FORMAT_VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def save_pretrained(vlm: VLM, folder: str | Path, *, dtype: str | None = None) -> None:
+    """Write a model folder. Under FSDP2 every rank must call this; the first one writes.
+
+    Shared tensors (tied embeddings) are written once. Each file appears under its name only when complete.
+
+    Args:
+        dtype: of the stored weights, routers excepted, which stay float32; None keeps each parameter's own.
+    """
+    target = _dtype(dtype)
+    routers = _router_parameter_names(vlm)
+    is_writer = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    tensors = {}
+    for name, tensor in _own_tensors(vlm).items():
+        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        if is_writer:
+            tensors[name] = whole.to("cpu", None if name in routers else target).contiguous()
+    if not is_writer:
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    (folder / "config.json.tmp").write_text(json.dumps(model_config(vlm), indent=2) + "\n")
+    os.replace(folder / "config.json.tmp", folder / "config.json")
+
+
+def load_pretrained(folder: str | Path, *, dtype: str | None = None, gradient_checkpointing: bool = False) -> VLM:
+    """Rebuild the VLM of a model folder, in eval mode.
+
+    Args:
+        dtype: of the parameters, routers excepted; None means float32.
+
+    Raises:
+        ValueError: no model folder, or weights that do not belong to its config.
+    """
+    config = read_config(folder)
+    with no_init_weights():  # every weight is about to be loaded
+        vlm = _build(config, gradient_checkpointing=gradient_checkpointing)
+    vlm.language_model.tie_weights()  # part of what was left out above
+    load_weights(vlm, folder)
+    cast_parameters(vlm, dtype or "float32")
+    return vlm.eval()
+
+
+def model_config(vlm: VLM) -> dict[str, Any]:
+    """What config.json holds: the arguments that rebuild the four parts."""
+    language_model = vlm.language_model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "architectures", "dtype"):
+        language_model.pop(key, None)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "vision_encoder": None if vlm.vision_encoder is None else vlm.vision_encoder.config,
+        "connector": None if vlm.connector is None else vlm.connector.kind,
+        "language_model": language_model,
+        "moe": vlm.moe,
+    }
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a model folder.
+
+    Raises:
+        ValueError: there is none, or it is of something else.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"no model folder at {folder}: {path.name} is missing; set model.weights to a folder with one")
+    config: dict[str, Any] = json.loads(path.read_text())
+    if config.get("format") != FORMAT or config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} is no model folder of format {FORMAT} {FORMAT_VERSION} (found "
+            f"{config.get('format') or config.get('model_type')} {config.get('format_version', '')}); a bare language "
+            "model goes into model.language_model"
+        )
+    return config
+
+
+def load_weights(vlm: VLM, folder: str | Path) -> VLM:
+    """Copy the weights of a model folder into a model of the same shape, strictly.
+
+    Raises:
+        ValueError: the folder is of another model; the message names what differs.
+    """
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no model.safetensors; set model.weights to a complete model folder")
+    own = _own_tensors(vlm)
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        _check_same_model(path, {name: tuple(tensor.shape) for name, tensor in own.items()}, shapes)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(file.get_tensor(name))
+    return vlm
+
+
+def cast_parameters(module: nn.Module, dtype: str) -> nn.Module:
+    """Cast parameters in place, routers excepted. Buffers stay: RoPE frequencies must keep float32."""
+    target = _dtype(dtype)
+    assert target is not None
+    for part in module.modules():
+        if not isinstance(part, Router):
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.to(target)
+    return module
+
+
+def _build(config: dict[str, Any], *, gradient_checkpointing: bool) -> VLM:
+    language_model = build_decoder(config["language_model"])
+    vision_encoder = connector = None
+    if config["vision_encoder"] is not None:
+        vision_encoder = VisionEncoder(**config["vision_encoder"])
+        connector = build_connector(
+            config["connector"], vision_encoder.width, language_model.config.hidden_size, vision_encoder.num_tokens
+        )
+    vlm = VLM(vision_encoder, connector, language_model, gradient_checkpointing=gradient_checkpointing)
+    return vlm if config["moe"] is None else upcycle(vlm, **config["moe"])
+
+
+def _own_tensors(vlm: VLM) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, each shared one once, under its first name."""
+    persistent = vlm.state_dict().keys()
+    tensors: dict[str, Tensor] = dict(vlm.named_parameters())
+    tensors.update((name, buffer) for name, buffer in vlm.named_buffers() if name in persistent)
+    return tensors
+
+
+def _router_parameter_names(vlm: VLM) -> set[str]:
+    return {f"{name}.weight" for name, module in vlm.named_modules() if isinstance(module, Router)}
+
+
+def _check_same_model(path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+    faults += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in expected]
+    faults += [
+        f"{name} is {found[name]}, not {shape}" for name, shape in expected.items() if found.get(name, shape) != shape
+    ]
+    if faults:
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise ValueError(
+            f"{path} is a checkpoint of another model: {shown}; set model.weights to a checkpoint of this model, or "
+            "change model.vision_encoder, model.connector, model.language_model or model.moe to the checkpoint's"
+        )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; known: {', '.join(DTYPES)}; set model.dtype")
+    return None if name is None else DTYPES[name]

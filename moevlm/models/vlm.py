@@ -1,0 +1,213 @@
+"""The vision-language model: encoder, connector, decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from moevlm.batch import DEFAULT_VIEW, IMAGE_TOKEN_ID, Head, VLMBatch, VLMOutput
+from moevlm.models.attention import PackedSequences
+from moevlm.models.connector import Connector
+from moevlm.models.decoder import decoder_layers, language_model_head
+from moevlm.models.moe.moe_layer import SparseMoE
+from moevlm.models.moe.recorder import RoutingRecorder
+from moevlm.models.splicing import SplicedInputs, make_splice, spliced_lengths
+from moevlm.models.vision_encoder import VisionEncoder
+
+
+class VLM(nn.Module):
+    """Visual tokens spliced into the text, one decoder over both (LLaVA, arXiv:2304.08485).
+
+    Without a vision encoder the model is *blind*: images are ignored and each placeholder is read as one neutral text
+    token (the decoder's own begin- or end-of-text), so that the token after it still has a row that predicts it.
+    """
+
+    def __init__(
+        self,
+        vision_encoder: VisionEncoder | None,
+        connector: Connector | None,
+        language_model: PreTrainedModel,
+        *,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if (vision_encoder is None) != (connector is None):
+            raise ValueError("a vision encoder and a connector come together or not at all; set model.vision_encoder")
+        self.vision_encoder = vision_encoder
+        self.connector = connector
+        self.language_model = language_model
+        self.recorder = RoutingRecorder()
+        if gradient_checkpointing:
+            # only the non-reentrant kind lets a routing record keep its gradient
+            language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if vision_encoder is not None:
+                vision_encoder.gradient_checkpointing = True
+
+    # what it is made of
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Spliced tokens per image; 1 for a blind model."""
+        return 1 if self.connector is None else self.connector.num_tokens
+
+    @property
+    def moe_layers(self) -> dict[int, SparseMoE]:
+        """The MoE layers by decoder layer index."""
+        layers = decoder_layers(self.language_model)
+        return {index: layer.mlp for index, layer in enumerate(layers) if isinstance(layer.mlp, SparseMoE)}
+
+    @property
+    def moe(self) -> dict[str, Any] | None:
+        """What `upcycle` needs to make these MoE layers; None for a dense model."""
+        layers = self.moe_layers
+        if not layers:
+            return None
+        first = next(iter(layers.values()))
+        return {
+            "num_experts": [layer.num_experts for layer in layers.values()],
+            "top_k": first.top_k,
+            "placement": list(layers),
+            "capacity_factor": first.capacity_factor,
+            "min_capacity": first.min_capacity,
+        }
+
+    @property
+    def head(self) -> Head:
+        """The vocabulary projection. Read it anew after each forward: under FSDP2 the weights are whole only then."""
+        return language_model_head(self.language_model)
+
+    def count_tokens(self, batch: VLMBatch) -> int:
+        """U: tokens of the batch as this model sees it, visual tokens included; host arithmetic only."""
+        return sum(spliced_lengths(batch, num_visual_tokens=self.num_visual_tokens))
+
+    # packed: training and scoring
+
+    def forward(self, batch: VLMBatch, *, view: str = DEFAULT_VIEW) -> VLMOutput:
+        """Run one packed micro-batch.
+
+        Args:
+            batch: text coordinates; every image as the one placeholder.
+            view: whose image transform; falls back on the default view.
+
+        Raises:
+            ValueError: a sequence longer than the decoder's context, or images that do not match the placeholders.
+        """
+        self._check_context(batch)
+        inputs = self._embed(batch, view)
+        splice = inputs.splice
+        with self.recorder.open() as routings:
+            hidden_states = self.language_model.get_decoder()(
+                inputs_embeds=inputs.inputs_embeds.unsqueeze(0),
+                position_ids=splice.position_ids.unsqueeze(0),
+                use_cache=False,
+                packed_sequences=PackedSequences.from_lengths(splice.lengths, splice.position_ids.device),
+            ).last_hidden_state[0]
+        output = VLMOutput(
+            hidden_states, splice.text_positions, splice.segments, splice.sequence_ids, splice.lengths, routings
+        )
+        self._check_routings(output)
+        return output
+
+    def embed(self, batch: VLMBatch, view: str = DEFAULT_VIEW) -> SplicedInputs:
+        """The batch as the decoder sees it; generation prefills from this."""
+        return self._embed(batch, view)  # forward calls the inner one: FSDP2 wraps this entry, and must not wrap twice
+
+    def decode(
+        self,
+        inputs_embeds: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+        token_mask: Tensor | None,
+    ) -> Tensor:
+        """Run the decoder on padded input with a key-value cache.
+
+        Args:
+            inputs_embeds: [B, S, D].
+            attention_mask: [B, 1, S, S_total] bool, True attends; None is plain causal.
+            position_ids: [B, S], counted without padding.
+            past_key_values: a transformers Cache, extended in place; None for no cache.
+            token_mask: [B, S] bool, True for real tokens: padding never reaches a router. None: all are real.
+
+        Returns:
+            [B, S, D] hidden states after the final norm.
+        """
+        with self.recorder.open(token_mask=token_mask):
+            output = self.language_model.get_decoder()(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+            )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        """[...] token ids -> [..., D]."""
+        return self.language_model.get_input_embeddings()(token_ids)  # type: ignore[no-any-return]
+
+    # parts of the above
+
+    def _embed(self, batch: VLMBatch, view: str) -> SplicedInputs:
+        splice = make_splice(batch, num_visual_tokens=self.num_visual_tokens)
+        is_image_T = batch.input_ids == IMAGE_TOKEN_ID
+        text_TD = self.embed_tokens(batch.input_ids.masked_fill(is_image_T, self._neutral_token_id))
+        row_UD = text_TD.index_select(0, splice.text_tokens)
+        visual = self._visual_tokens(batch, view)
+        if visual is None:
+            return SplicedInputs(row_UD, splice)
+        visual = visual.to(row_UD.dtype)
+        if batch.num_images == 0:
+            return SplicedInputs(row_UD + visual.sum() * 0, splice)
+        return SplicedInputs(row_UD.index_copy(0, splice.visual_rows, visual.flatten(0, 1)), splice)
+
+    def _visual_tokens(self, batch: VLMBatch, view: str) -> Tensor | None:
+        """[N, P, D]. Without images one zero image runs all the same: under FSDP2 every rank runs every module."""
+        if self.vision_encoder is None or self.connector is None:
+            return None
+        if batch.num_images == 0:
+            size = self.vision_encoder.image_size
+            images_N3HW = torch.zeros(1, 3, size, size, device=batch.input_ids.device)
+        else:
+            images_N3HW = batch.view(view)
+            if images_N3HW.shape[0] != batch.num_images:
+                raise ValueError(
+                    f"{images_N3HW.shape[0]} images for {batch.num_images} placeholders in batch {batch.keys}"
+                )
+        return self.connector(self.vision_encoder(images_N3HW))  # type: ignore[no-any-return]
+
+    @property
+    def _neutral_token_id(self) -> int:
+        config = self.language_model.config
+        for value in (config.bos_token_id, config.eos_token_id, config.pad_token_id):
+            token_id = value[0] if isinstance(value, list) and value else value
+            if isinstance(token_id, int) and 0 <= token_id < config.vocab_size:
+                return token_id
+        return 0
+
+    def _check_context(self, batch: VLMBatch) -> None:
+        limit = getattr(self.language_model.config, "max_position_embeddings", None)
+        lengths = spliced_lengths(batch, num_visual_tokens=self.num_visual_tokens)
+        if limit is not None and max(lengths) > limit:
+            row = lengths.index(max(lengths))
+            name = batch.keys[row] if batch.keys else f"sequence {row}"
+            raise ValueError(
+                f"{name} has {lengths[row]} tokens with its images, the language model's context is {limit}; "
+                "set data.max_length, or choose a connector with fewer visual tokens"
+            )
+
+    def _check_routings(self, output: VLMOutput) -> None:
+        layers = self.moe_layers
+        assert output.routings.keys() == layers.keys(), f"records {list(output.routings)}, MoE layers {list(layers)}"
+        if not torch.is_grad_enabled():
+            return
+        for index, routing in output.routings.items():
+            if layers[index].router.weight.requires_grad and not routing.router_probs.requires_grad:
+                raise RuntimeError(
+                    f"the routing record of layer {index} lost its gradient; reentrant activation checkpointing does "
+                    "this, use VLM(gradient_checkpointing=True)"
+                )
