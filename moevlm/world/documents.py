@@ -1,0 +1,89 @@
+"""Text for pretraining the language model: descriptions with questions that they answer, and facts without a scene.
+
+The decoder so learns the world's words, and to answer from what its context shows, before it ever meets an image. Only
+train phrasings occur, and a caller should pass training scenes only.
+"""
+
+import random
+
+from moevlm.world.scenes import Scene
+from moevlm.world.texts.conversations import follow_up_chain
+from moevlm.world.texts.descriptions import caption, describe
+from moevlm.world.texts.phrasings import CAPTION_REQUESTS, DESCRIPTION_REQUESTS
+from moevlm.world.texts.questions import AnswerBalancer
+from moevlm.world.texts.text_questions import draw_text_question, word_text
+from moevlm.world.texts.visual_questions import KINDS, draw_question, word_visual
+from moevlm.world.texts.wording import label_phrase
+
+Turn = tuple[str, str]  # (user, assistant)
+
+# Shares of the tasks a pretraining conversation opens with; all but the first are one turn, then questions follow.
+OPENING_TASKS = {"questions": 0.6, "caption": 0.15, "describe": 0.25}
+
+
+def pretraining_conversation(
+    scene: Scene, rng: random.Random, balancer: AnswerBalancer | None = None, *, num_questions: int = 5
+) -> list[Turn]:
+    """Turns in which the user tells the scene and asks, and the assistant answers from what was told.
+
+    Args:
+        scene: a training scene.
+        rng: source of every choice.
+        balancer: one for all documents keeps their answers even; without it only those of this document are.
+        num_questions: number of questions, those that the scene cannot serve left out.
+
+    Raises:
+        ValueError: num_questions is less than 1.
+    """
+    if num_questions < 1:
+        raise ValueError(f"num_questions must be at least 1, got {num_questions}")
+    balancer = balancer or AnswerBalancer()
+    task = rng.choices(list(OPENING_TASKS), list(OPENING_TASKS.values()))[0]
+    questions = _question_turns(scene, rng, balancer, num_questions)
+    if task == "describe":
+        return [(f"{list_objects(scene)}\n{rng.choice(DESCRIPTION_REQUESTS['train'])}", describe(scene, rng)), *questions]
+    description = describe(scene, rng)
+    if task == "caption":
+        return [(f"{description}\n{rng.choice(CAPTION_REQUESTS['train'])}", caption(scene, rng)), *questions]
+    (first_question, first_answer), *rest = questions
+    return [(f"{description}\n{first_question}", first_answer), *rest]
+
+
+def text_only_conversation(rng: random.Random, balancer: AnswerBalancer | None = None, *, num_questions: int = 4) -> list[Turn]:
+    """Turns that need no scene."""
+    balancer = balancer or AnswerBalancer()
+    questions = [draw_text_question(rng, balancer) for _ in range(num_questions)]
+    return [(word_text(q, rng, phrasing="train"), q.answer) for q in questions]
+
+
+def pretraining_document(scene: Scene, rng: random.Random) -> str:
+    """`pretraining_conversation` as plain text, a line for each user and assistant turn."""
+    return _plain_text(pretraining_conversation(scene, rng))
+
+
+def text_only_document(rng: random.Random) -> str:
+    """`text_only_conversation` as plain text."""
+    return _plain_text(text_only_conversation(rng))
+
+
+def list_objects(scene: Scene) -> str:
+    """The scene as terse notes, a line per object: ``top left: star, red, large, striped, the word CAT``."""
+    lines = []
+    for o in scene.objects:
+        label = [] if o.label is None else [label_phrase(o.label)]
+        lines.append(f"{o.place}: " + ", ".join([o.category, o.colour, o.size, o.texture, *label]))
+    return "\n".join(lines)
+
+
+def _question_turns(scene: Scene, rng: random.Random, balancer: AnswerBalancer, count: int) -> list[Turn]:
+    if rng.random() < 0.2:
+        questions = follow_up_chain(scene, min(max(count, 2), 4), rng, balancer)
+    else:
+        kinds = [rng.choice(list(KINDS)) for _ in range(count)]
+        drawn = (draw_question(scene, kind, rng, balancer, from_description=True) for kind in kinds)
+        questions = [q for q in drawn if q is not None] or follow_up_chain(scene, 2, rng, balancer)
+    return [(word_visual(q, rng, phrasing="train"), q.answer) for q in questions]
+
+
+def _plain_text(turns: list[Turn]) -> str:
+    return "\n".join(f"{user}\n{assistant}" for user, assistant in turns)
