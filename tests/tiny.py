@@ -66,7 +66,7 @@ def tiny_vlm(
     moe: dict[str, Any] | None = None,
     seed: int = 0,
     *,
-    vision: dict[str, Any] | None | str = "default",
+    vision: dict[str, Any] | str | None = "default",
     connector: str = "mlp2x_gelu",
     language_model: dict[str, Any] | str | None = None,
     **options: Any,
@@ -96,10 +96,11 @@ def tiny_batch(
     """One packed micro-batch.
 
     Args:
-        sequences: one string per sequence, a letter per text token: ``s`` system, ``q`` question, ``a`` answer (supervised),
-            ``i`` an image. A sequence must not start with ``a``.
+        sequences: one string per sequence, a letter per text token: ``s`` system, ``q`` question, ``a`` answer
+            (supervised), ``i`` an image. A sequence must not start with ``a``.
         pairs: read sequences two by two as (chosen, rejected).
-        content_seed: when given, sequence b is drawn by ``content_seed + b`` alone, so it stays the same in other batches.
+        content_seed: when given, sequence b is drawn by ``content_seed + b`` alone, so it stays the same in other
+            batches.
     """
     segment_of = {"i": Segment.IMAGE, "s": Segment.SYSTEM, "q": Segment.QUESTION, "a": Segment.ANSWER}
     shared = torch.Generator().manual_seed(seed)
@@ -123,7 +124,7 @@ def tiny_batch(
         lengths=tuple(len(letters) for letters in sequences),
         num_targets=sum(label != IGNORE_INDEX for label in labels),
         image_sequences=tuple(image_sequences),
-        images={view: stacked for view in views},
+        images=dict.fromkeys(views, stacked),
         sources=torch.zeros(num_sequences, dtype=torch.int64),
         pair_ids=torch.tensor([row // 2 if pairs else NO_PAIR for row in range(num_sequences)]),
         is_chosen=torch.tensor([pairs and row % 2 == 0 for row in range(num_sequences)]),

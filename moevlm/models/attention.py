@@ -1,8 +1,8 @@
 """Attention over a packed row: every sequence attends to itself only.
 
-Registered with transformers' attention interface under `PACKED_ATTENTION`. A block-diagonal mask over the whole row would
-be quadratic in the row (1.7-3.2 times slower than padding on CPU), so the row is cut into its sequences, padded on the
-right to the longest, and attention runs causally without a mask: padding stands behind every real token.
+Registered with transformers' attention interface under `PACKED_ATTENTION`. A block-diagonal mask over the whole row
+would be quadratic in the row (1.7-3.2 times slower than padding on CPU), so the row is cut into its sequences, padded
+on the right to the longest, and attention runs causally without a mask: padding stands behind every real token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 PACKED_ATTENTION = "moevlm_packed"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: FSDP2 copies dataclass arguments field by field
 class PackedSequences:
     """Where the sequences of a row lie; built once per forward and handed down to every layer."""
 

@@ -22,8 +22,9 @@ class Connector(nn.Module):
         self.grid_size = math.isqrt(num_input_tokens) if pool else None
         if self.grid_size is not None and (self.grid_size**2 != num_input_tokens or self.grid_size % 2):
             raise ValueError(
-                f"connector {kind!r} pools 2 x 2 patches and needs a square grid with an even side, got {num_input_tokens} "
-                "tokens per image; set model.vision_encoder.keep_cls=false, another image_size, or another model.connector"
+                f"connector {kind!r} pools 2 x 2 patches and needs a square grid with an even side, got "
+                f"{num_input_tokens} tokens per image; set model.vision_encoder.keep_cls=false, another image_size, "
+                "or another model.connector"
             )
         self.num_tokens = num_input_tokens if self.grid_size is None else num_input_tokens // 4
 

@@ -19,11 +19,13 @@ def build_decoder(source: str | dict[str, Any], *, vocab_size: int | None = None
     """A causal language model with packed attention, in float32.
 
     Args:
-        source: hub id or folder of a pretrained model, or a config (``{"model_type": "qwen2", ...}``) for random weights.
+        source: hub id or folder of a pretrained model, or a config (``{"model_type": "qwen2", ...}``) for random
+            weights.
         vocab_size: the tokenizer's number of ids; checked against the embedding table.
 
     Raises:
-        ValueError: no such folder, unknown model type, a decoder whose sequences cannot be packed, or too small a vocabulary.
+        ValueError: no such folder, unknown model type, a decoder whose sequences cannot be packed, or too small a
+            vocabulary.
     """
     if isinstance(source, dict):
         model = _from_config(source)
@@ -95,7 +97,8 @@ def _check_packable(config: Any) -> None:
     if not layer_types <= set(PACKABLE_LAYER_TYPES):
         raise ValueError(
             f"{config.model_type} has layers of type {', '.join(sorted(layer_types))}; only "
-            f"{', '.join(PACKABLE_LAYER_TYPES)} keep packed sequences apart; set model.language_model to another decoder"
+            f"{', '.join(PACKABLE_LAYER_TYPES)} keep packed sequences apart; "
+            "set model.language_model to another decoder"
         )
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None or not getattr(model_class, "_supports_attention_backend", False):

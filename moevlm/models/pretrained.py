@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +38,17 @@ def save_pretrained(vlm: VLM, folder: str | Path, *, dtype: str | None = None) -
     is_writer = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     tensors = {}
     for name, tensor in _own_tensors(vlm).items():
-        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if is_writer:
-            tensors[name] = whole.to("cpu", None if name in routers else target).contiguous()
+            tensors[name] = whole.detach().to("cpu", None if name in routers else target).contiguous()
     if not is_writer:
         return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")
     (folder / "config.json.tmp").write_text(json.dumps(model_config(vlm), indent=2) + "\n")
-    os.replace(folder / "config.json.tmp", folder / "config.json")
+    (folder / "config.json.tmp").replace(folder / "config.json")
 
 
 def load_pretrained(folder: str | Path, *, dtype: str | None = None, gradient_checkpointing: bool = False) -> VLM:

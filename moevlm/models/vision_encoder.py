@@ -37,8 +37,8 @@ class VisionEncoder(nn.Module):
         """Build, with random weights unless `weights` says otherwise.
 
         Args:
-            name: a timm ViT (``vit_large_patch14_clip_quickgelu_336.openai``), or ``vit`` for timm's VisionTransformer with
-                `timm_options` alone.
+            name: a timm ViT (``vit_large_patch14_clip_quickgelu_336.openai``), or ``vit`` for timm's VisionTransformer
+                with `timm_options` alone.
             feature_layer: block whose output is used; from 0, or negative from the end (-1 is the last).
             keep_cls: keep the CLS and register tokens in front of the patches.
             image_size: side in pixels; None is the model's own.
@@ -60,8 +60,8 @@ class VisionEncoder(nn.Module):
         depth = len(vit.blocks)
         if not -depth <= feature_layer < depth:
             raise ValueError(
-                f"feature_layer must lie in [{-depth}, {depth - 1}] for {name} with {depth} blocks, got {feature_layer}; "
-                "set model.vision_encoder.feature_layer"
+                f"feature_layer must lie in [{-depth}, {depth - 1}] for {name} with {depth} blocks, got "
+                f"{feature_layer}; set model.vision_encoder.feature_layer"
             )
         vit.blocks = vit.blocks[: feature_layer % depth + 1]
         vit.norm, vit.fc_norm, vit.head, vit.attn_pool = nn.Identity(), nn.Identity(), nn.Identity(), None

@@ -104,9 +104,15 @@ class VLM(nn.Module):
                 position_ids=splice.position_ids.unsqueeze(0),
                 use_cache=False,
                 packed_sequences=PackedSequences.from_lengths(splice.lengths, splice.position_ids.device),
-            ).last_hidden_state[0]
+            ).last_hidden_state
+        # a copy, as FSDP2 hangs its backward hook on the output and warns about views
         output = VLMOutput(
-            hidden_states, splice.text_positions, splice.segments, splice.sequence_ids, splice.lengths, routings
+            hidden_states.squeeze(0).clone(),
+            splice.text_positions,
+            splice.segments,
+            splice.sequence_ids,
+            splice.lengths,
+            routings,
         )
         self._check_routings(output)
         return output

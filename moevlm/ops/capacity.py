@@ -16,8 +16,8 @@ def expert_capacity(
 ) -> int:
     """Choices one expert accepts: ``max(ceil(T / E * capacity_factor * K), min_capacity)``, at most T.
 
-    GShard (arXiv:2006.16668), section 2.2; DeepSpeed counts K into it as here. T are the real tokens given: padding has no
-    part in it.
+    GShard (arXiv:2006.16668), section 2.2; DeepSpeed counts K into it as here. T are the real tokens given: padding
+    has no part in it.
     """
     # rounding guards against 4 / 3 * 1.5 = 2.0000000000000004, whose ceil would be 3
     capacity = math.ceil(round(num_tokens * capacity_factor * top_k / num_experts, 6))
@@ -27,7 +27,8 @@ def expert_capacity(
 def surviving_choices(expert_ids_TK: Tensor, *, num_experts: int, capacity: int) -> Tensor:
     """Which choices find a place: those whose position in their expert's queue is below `capacity`.
 
-    Queues follow GShard (arXiv:2006.16668), Algorithm 1: all first choices in token order, then all second choices, and so on.
+    Queues follow GShard (arXiv:2006.16668), Algorithm 1: all first choices in token order, then all second choices,
+    and so on.
 
     Returns:
         [T, K] bool, no gradient.
@@ -48,8 +49,8 @@ def drop_over_capacity(routing: Routing, *, capacity: int) -> Routing:
     """The routing in which choices beyond `capacity` count nothing and the survivors' weights sum to 1 again.
 
     A token that lost every choice has only zero weights: its layer output is 0 and the residual stream passes it on
-    (Switch Transformer, arXiv:2101.03961, section 2.2). `expert_ids` keep the dropped choices, because balance losses and load are taken
-    before dropping.
+    (Switch Transformer, arXiv:2101.03961, section 2.2). `expert_ids` keep the dropped choices, because balance losses
+    and load are taken before dropping.
     """
     num_experts, top_k = routing.router_probs.shape[-1], routing.expert_ids.shape[-1]
     kept_TK = surviving_choices(routing.expert_ids, num_experts=num_experts, capacity=capacity)

@@ -21,15 +21,17 @@ ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 class StackedExperts(nn.Module):
     """E feed-forward networks of one shape.
 
-    Gated: ``down(act(gate(x)) * up(x))`` (SwiGLU, arXiv:2002.05202); plain: ``second(act(first(x)))``. Parameters are named as in the
-    dense network they come from: ``gate_proj`` [E, F, D], and ``gate_proj_bias`` [E, F] where it has biases.
+    Gated: ``down(act(gate(x)) * up(x))`` (SwiGLU, arXiv:2002.05202); plain: ``second(act(first(x)))``. Parameters
+    are named as in the dense network they come from: ``gate_proj`` [E, F, D], and ``gate_proj_bias`` [E, F] where it
+    has biases.
     """
 
     def __init__(self, projections: Sequence[tuple[str, Tensor, Tensor | None]], activation: nn.Module) -> None:
         """Take over stacked weights.
 
         Args:
-            projections: (name, weights [E, out, in], biases [E, out] or None), two for a plain network and three for a gated one.
+            projections: (name, weights [E, out, in], biases [E, out] or None), two for a plain network and three for a
+                gated one.
             activation: shared by the experts; holds no parameter.
         """
         super().__init__()

@@ -1,0 +1,50 @@
+"""Losses on routing records: pure, unweighted, one layer at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def load_balancing_loss(router_probs_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """Penalise uneven expert load: ``E * sum_e load_e * importance_e``.
+
+    Switch Transformer (arXiv:2101.03961), Eq. 4-6; for K > 1 each of the K choices counts once (DeepSpeed counts first
+    choices only). Means run over the tokens given: under data parallelism this is a per-rank statistic.
+
+    Args:
+        router_probs_TE: softmax over experts; the only path of the gradient.
+        expert_ids_TK: chosen experts, int64 in [0, E), before any drop; a count, so no gradient.
+
+    Returns:
+        Scalar, unweighted: 1.0 when the load is even, E / K when every token gives the same K experts all its
+        probability.
+
+    Raises:
+        ValueError: the two inputs disagree on the number of tokens.
+    """
+    num_tokens, num_experts = router_probs_TE.shape
+    if expert_ids_TK.shape[0] != num_tokens:
+        raise ValueError(f"{num_tokens} tokens in router_probs, {expert_ids_TK.shape[0]} in expert_ids")
+    choices_M = expert_ids_TK.flatten()
+    counts_E = torch.zeros_like(router_probs_TE[0])
+    counts_E = counts_E.scatter_add_(
+        0, choices_M, torch.ones_like(choices_M, dtype=counts_E.dtype)
+    )  # bincount would sync
+    load_E = counts_E / choices_M.numel()
+    importance_E = router_probs_TE.mean(dim=0)
+    return num_experts * torch.dot(load_E, importance_E)
+
+
+def router_z_loss(router_logits_TE: Tensor) -> Tensor:
+    """Keep router logits small: ``mean_t logsumexp_e(logits_te) ** 2``.
+
+    ST-MoE (arXiv:2202.08906), Eq. 5, in float32; the mean runs over the tokens given.
+
+    Args:
+        router_logits_TE: carries the gradient.
+
+    Returns:
+        Scalar, unweighted: ``log(E) ** 2`` for zero logits.
+    """
+    return torch.logsumexp(router_logits_TE.float(), dim=-1).square().mean()

@@ -1,0 +1,72 @@
+"""FSDP2: which modules form a sharding group.
+
+One group per decoder layer and per vision block; the root group holds the rest: embeddings, connector, final norm and
+head. The head must stay there, because losses and generation use it after the model's forward, when only the root's
+parameters are still whole (design: `VLM.head`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
+
+from moevlm.models.decoder import decoder_layers
+from moevlm.models.moe.experts import StackedExperts
+from moevlm.models.pretrained import DTYPES
+from moevlm.models.vlm import VLM
+
+
+def shard(vlm: VLM, device_mesh: DeviceMesh | None, *, param_dtype: str | None = None) -> VLM:
+    """Shard a VLM in place over a one-dimensional mesh; without a mesh it is returned unchanged.
+
+    Call it on every rank with equal weights, after freezing; on teachers too. Every parameter becomes a DTensor.
+    Gradients are averaged over the mesh, in float32.
+
+    Args:
+        device_mesh: the data-parallel dimension, for example ``mesh["data_parallel"]``.
+        param_dtype: computation dtype of all but the routers, for example bfloat16; None keeps the parameters' own.
+
+    Raises:
+        ValueError: a mesh of more than one dimension, or an unknown dtype.
+    """
+    if device_mesh is None:
+        return vlm
+    if device_mesh.ndim != 1:
+        raise ValueError(f"shard takes the data-parallel dimension of a mesh, got {device_mesh.ndim} dimensions")
+    if param_dtype is not None and param_dtype not in DTYPES:
+        raise ValueError(f"unknown param_dtype {param_dtype!r}; known: {', '.join(DTYPES)}; set trainer.precision")
+    dtype = None if param_dtype is None else DTYPES[param_dtype]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options: dict[str, Any] = {"mesh": device_mesh, "shard_placement_fn": _placements(vlm, device_mesh.size())}
+    for layer in vlm.moe_layers.values():
+        # a group of its own keeps a router in float32, and makes its weights whole whenever the gradient of its routing
+        # record arrives, which does not pass through the layer's output
+        router_policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        fully_shard(layer.router, mesh=device_mesh, mp_policy=router_policy)
+    blocks = list(vlm.vision_encoder.vit.blocks) if vlm.vision_encoder is not None else []
+    for block in [*blocks, *decoder_layers(vlm.language_model)]:
+        fully_shard(block, mp_policy=policy, **options)
+    fully_shard(vlm, mp_policy=policy, **options)
+    for method in ("embed", "decode"):  # entries other than forward
+        register_fsdp_forward_method(vlm, method)
+    return vlm
+
+
+def _placements(vlm: VLM, world_size: int) -> Any:
+    """Shard stacked experts along their width where their number does not divide by the ranks: padding costs memory."""
+    stacked: set[nn.Parameter] = set()
+    for layer in vlm.moe_layers.values():
+        assert isinstance(layer.experts, StackedExperts)
+        stacked |= set(layer.experts.parameters())
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        if parameter in stacked and parameter.shape[0] % world_size and parameter.shape[1] % world_size == 0:
+            return Shard(1)
+        return None
+
+    return placement
