@@ -1,0 +1,119 @@
+"""What the stages of vision-language models share: building, freezing, sharding, router losses, a frozen teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from lightning_modules.objective import Objective, Weight
+from lightning_modules.stage import MakeOptimizer, MakeScheduler, Stage, StageSettings
+from moevlm.batch import VLMBatch, VLMOutput
+from moevlm.losses.language_modeling import cross_entropy
+from moevlm.losses.mean import Mean, mean_over_layers
+from moevlm.losses.moe import load_balancing_loss, router_z_loss
+from moevlm.models.freezing import freeze_except
+from moevlm.models.pretrained import save_pretrained
+from moevlm.models.sharding import shard
+from moevlm.models.vlm import VLM
+
+ROUTER_LOSSES: dict[str, Weight] = {"load_balancing": 0.01, "router_z": 0.0}
+"""Default weights of the router losses; MoE-LLaVA (arXiv:2401.15947) and LLaVA-MoD use 0.01 for load balancing."""
+
+
+class VLMStage(Stage):
+    """A stage that trains a vision-language model; it has no objective of its own.
+
+    A child's `__init__` says what trains and the weights of its losses, its `compute_losses` is the objective.
+    """
+
+    model: VLM
+    teacher: VLM
+
+    default_weights: Mapping[str, Weight] = {"lm": 1.0, **ROUTER_LOSSES}
+
+    def __init__(
+        self,
+        build_model: Callable[[], VLM],
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None = None,
+        *,
+        trainable: Sequence[str],
+        loss_weights: Mapping[str, Weight] | None = None,
+        **settings: Unpack[StageSettings],
+    ) -> None:
+        """Keep the builder; `loss_weights` replace the stage's `default_weights` entry by entry.
+
+        Hyper-parameters are plain values: a checkpoint with a builder in it would not load with ``weights_only=True``.
+        """
+        weights = {**self.default_weights, **(loss_weights or {})}
+        super().__init__(optimizer, scheduler, trainable=trainable, loss_weights=weights, **settings)
+        self.build_model = build_model
+
+    def configure_model(self) -> None:
+        """Build, freeze, shard. Here and not in __init__, so that a strategy can shard."""
+        if self.model is None:  # called again before validate and test
+            self.set_model(self.build_model())
+
+    def set_model(self, model: VLM) -> None:
+        """Freeze and shard the model, and make it the one that trains."""
+        self.model = self.shard(freeze_except(model, self.trainable).train())
+
+    def shard(self, model: VLM) -> VLM:
+        """Shard over the strategy's devices; the same model under DDP and on one device."""
+        mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
+        return shard(model, mesh, param_dtype=getattr(self.trainer.strategy, "param_dtype", None))
+
+    def set_teacher(self, teacher: VLM) -> None:
+        """Keep a frozen model outside the module tree: no checkpoint, optimizer or DDP sees it."""
+        self.__dict__["teacher"] = self.shard(teacher.requires_grad_(False).eval())
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._place_teacher()
+
+    def on_validation_start(self) -> None:
+        self._place_teacher()
+
+    def _place_teacher(self) -> None:
+        if "teacher" in self.__dict__:
+            self.teacher.to(self.device)
+
+    def save_model(self, folder: str | Path, processor: Any = None) -> None:
+        """Write a self-contained model folder; under FSDP2 every rank must call this, the first one writes.
+
+        Args:
+            folder: created when needed.
+            processor: anything with ``save_pretrained(folder)``; tokenizer and image transform of the model.
+        """
+        save_pretrained(self.model, folder)
+        if processor is not None and self.global_rank == 0:
+            processor.save_pretrained(folder)
+
+    def count_units(self, batch: VLMBatch) -> dict[str, int]:
+        return {
+            "targets": batch.num_targets,
+            "tokens": self.model.count_tokens(batch),
+            "sequences": batch.num_sequences,
+            "pairs": batch.num_pairs,
+        }
+
+    def language_modeling(self, batch: VLMBatch) -> Objective:
+        """Cross-entropy on the supervised tokens, and the router losses."""
+        output = self.model(batch)
+        losses = {"lm": cross_entropy(output, self.model.head, batch.labels)}
+        return Objective(losses | self.router_losses(output), output=output)
+
+    def router_losses(self, output: VLMOutput) -> dict[str, Mean]:
+        """Load balancing and router z-loss, means over the MoE layers; empty without MoE layers or weights."""
+        formulas = {
+            "load_balancing": lambda routing: load_balancing_loss(routing.router_probs, routing.expert_ids),
+            "router_z": lambda routing: router_z_loss(routing.router_logits),
+        }
+        if not output.routings:
+            return {}
+        return {
+            name: mean_over_layers(formula, output.routings)
+            for name, formula in formulas.items()
+            if self.is_weighted(name)
+        }

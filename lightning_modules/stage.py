@@ -1,0 +1,216 @@
+"""One optimizer step: denominators, micro-batches, clipping, logging. Shared by VLM stages and backbone pretraining."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_modules.loggers import JsonlLogger
+from lightning_modules.objective import (
+    UNITS,
+    Objective,
+    StepRouting,
+    Totals,
+    Weight,
+    check_weights,
+    final_weight,
+    is_ever_positive,
+    step_seed,
+    sum_over_ranks,
+    weight_at,
+)
+from lightning_modules.parameters import MakeOptimizer, build_optimizer
+from lightning_modules.reports import print_trainable
+from moevlm.losses.mean import Mean
+
+MakeScheduler = Callable[[Optimizer], LRScheduler]
+
+BUILDERS = ("build_model", "build_teacher", "build_encoder", "optimizer", "scheduler")
+"""Constructor arguments that are no plain values: they stay out of `save_hyperparameters`, hence out of checkpoints."""
+
+
+class StageSettings(TypedDict, total=False):
+    """Settings that every stage passes on to `Stage`; described there."""
+
+    gradient_clip_norm: float | None
+    lr_multipliers: Mapping[str, float] | None
+    max_nonfinite_steps: int
+    seed: int
+
+
+class Stage(LightningModule):
+    """One optimizer step per loader item, with every loss divided by its count over micro-batches and ranks.
+
+    Optimization is manual: a step's micro-batches come together, so that the denominators are known before the first
+    backward pass and any split of a global batch gives the same step. A child gives `model` (in `configure_model`),
+    `compute_losses` and `count_units`.
+    """
+
+    model: Any
+    default_weights: Mapping[str, Weight] = {}  # by loss name: every loss that the stage knows
+
+    def __init__(
+        self,
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None,
+        *,
+        trainable: Sequence[str],
+        loss_weights: Mapping[str, Weight],
+        gradient_clip_norm: float | None = 1.0,
+        lr_multipliers: Mapping[str, float] | None = None,
+        max_nonfinite_steps: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Check and keep the settings; models are built later, in `configure_model`.
+
+        Args:
+            optimizer: takes parameter groups; an optimizer class with everything else filled in.
+            scheduler: takes the optimizer; None keeps the learning rate.
+            trainable: regular expressions over parameter names; everything else is frozen.
+            loss_weights: by loss name, a number or a linear schedule.
+            gradient_clip_norm: global norm over all trainable parameters; None measures and does not clip.
+            lr_multipliers: regular expression over parameter names -> factor on the learning rate.
+            max_nonfinite_steps: steps whose gradient is not finite before the run ends; each changes no parameter.
+            seed: of whatever is random within a step.
+        """
+        super().__init__()
+        check_weights(loss_weights, list(self.default_weights))
+        if gradient_clip_norm is not None and not gradient_clip_norm > 0:
+            raise ValueError(
+                f"gradient_clip_norm must be positive, or null for none, got {gradient_clip_norm}; "
+                "set stage.gradient_clip_norm"
+            )
+        self.automatic_optimization = False
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.trainable, self.loss_weights = list(trainable), dict(loss_weights)
+        self.gradient_clip_norm, self.lr_multipliers = gradient_clip_norm, dict(lr_multipliers or {})
+        self.max_nonfinite_steps, self.num_nonfinite_steps, self.seed = max_nonfinite_steps, 0, seed
+        self.model = None
+        self._validation = Totals()
+
+    def compute_losses(self, batch: Any) -> Objective:
+        """Unweighted losses by name, each a (sum, count): only this class divides."""
+        raise NotImplementedError
+
+    def count_units(self, batch: Any) -> dict[str, int]:
+        """How many units of each kind that a loss of this stage divides by are in the micro-batch."""
+        raise NotImplementedError
+
+    def is_weighted(self, name: str) -> bool:
+        """Whether a loss counts at any step; others need not be computed."""
+        return is_ever_positive(self.loss_weights.get(name, 0.0))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.make_optimizer, self.model, self.lr_multipliers)
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+
+    def on_fit_start(self) -> None:
+        if self.trainer.is_global_zero:
+            print_trainable(self.model)
+
+    def on_train_start(self) -> None:
+        for logger in self.loggers:
+            if isinstance(logger, JsonlLogger):
+                logger.drop_rows_after(self.global_step)
+
+    def training_step(self, step: Any, batch_idx: int) -> dict[str, Any]:
+        micro_batches = step if isinstance(step, list) else [step]
+        torch.manual_seed(step_seed(self.seed, self.global_rank, self.global_step))
+        weights = {name: weight_at(weight, self.global_step) for name, weight in self.loss_weights.items()}
+        local_counts = [self.count_units(batch) for batch in micro_batches]
+        counts = self._sum_counts(local_counts)
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        totals, routings = Totals(), []
+        for index, batch in enumerate(micro_batches):
+            objective = self.compute_losses(batch)
+            loss = _weighted_total(objective.losses, weights, counts, local_counts[index])
+            with self._gradient_sync(index == len(micro_batches) - 1):
+                self.manual_backward(loss * self.trainer.world_size)  # DDP and FSDP average over ranks
+            totals.add(objective)
+            routings.append(objective.step_routing())
+        self._optimizer_step(optimizer)
+        means = totals.means()
+        means["loss"] = _total(means, weights)
+        self.log_dict({f"train/{name}": value for name, value in means.items()}, on_step=True, on_epoch=False)
+        return {"loss": means["loss"], "counts": counts, "routings": _present(routings)}
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = Totals()
+
+    def validation_step(self, step: Any, batch_idx: int) -> dict[str, Any]:
+        objectives = [self.compute_losses(batch) for batch in (step if isinstance(step, list) else [step])]
+        for objective in objectives:
+            self._validation.add(objective)
+        return {"routings": _present([objective.step_routing() for objective in objectives])}
+
+    def on_validation_epoch_end(self) -> None:
+        means = self._validation.means()
+        means["loss"] = _total(means, {name: final_weight(weight) for name, weight in self.loss_weights.items()})
+        self.log_dict({f"val/{name}": value for name, value in means.items()}, sync_dist=True)
+
+    def _optimizer_step(self, optimizer: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm or float("inf"))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not torch.isfinite(norm).item():
+            self._count_nonfinite(float(norm))
+            optimizer.zero_grad()  # without gradients the step below changes no parameter
+        self.log("optim/grad_norm", norm, on_step=True, on_epoch=False)
+        self.log("optim/lr", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
+        optimizer.step()
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()
+
+    def _count_nonfinite(self, norm: float) -> None:
+        self.num_nonfinite_steps += 1
+        if self.num_nonfinite_steps > self.max_nonfinite_steps:
+            raise ValueError(
+                f"the gradient norm at step {self.global_step} is {norm}, not finite "
+                f"({self.num_nonfinite_steps} such steps, {self.max_nonfinite_steps} allowed); lower optimizer.lr, "
+                "look at the step's samples, or set stage.max_nonfinite_steps"
+            )
+        self.log("optim/nonfinite_steps", float(self.num_nonfinite_steps), on_step=True, on_epoch=False)
+
+    def _sum_counts(self, local_counts: Sequence[Mapping[str, int]]) -> dict[str, float]:
+        """Units of the whole step, over micro-batches and ranks."""
+        sums = [sum(counts.get(unit, 0) for counts in local_counts) for unit in UNITS]
+        values = sum_over_ranks(torch.tensor(sums, dtype=torch.float64, device=self.device))
+        return dict(zip(UNITS, values.tolist()))
+
+    def _gradient_sync(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        """DDP adds up gradients over micro-batches before it exchanges them once; FSDP2 exchanges every time."""
+        wrapped = self.trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel) and not is_last:
+            return wrapped.no_sync()
+        return contextlib.nullcontext()
+
+
+def _weighted_total(
+    losses: Mapping[str, Mean], weights: Mapping[str, float], counts: Mapping[str, float], local: Mapping[str, int]
+) -> Tensor:
+    for name, loss in losses.items():
+        assert loss.count == local[loss.unit], (name, loss.count, local)
+    return torch.stack([weights[name] * loss.sum / max(counts[loss.unit], 1) for name, loss in losses.items()]).sum()
+
+
+def _total(means: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    return torch.stack(
+        [weight * means[f"{name}_loss"] for name, weight in weights.items() if f"{name}_loss" in means]
+    ).sum()
+
+
+def _present(routings: Sequence[StepRouting | None]) -> list[StepRouting]:
+    return [routing for routing in routings if routing is not None]
