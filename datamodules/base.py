@@ -1,0 +1,265 @@
+"""What every family of data shares: sources, reading plan, ranks, steps, resume."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule
+
+from datamodules.position import check_position
+from datamodules.rejections import RejectionLog
+from datamodules.sources import Source, parse_sources
+from datamodules.steps import Encode, StepDataset, StepLoader
+from datamodules.streams import StreamingSteps
+from datamodules.teacher_view import add_teacher_view
+from moevlm.data.plan import MixturePlan, SequentialPlan, rank_positions
+from moevlm.data.reader import IndexedShards
+from moevlm.data.record_file import RecordFile
+from moevlm.data.streaming import expand_urls
+from moevlm.preprocessing.processor import Processor
+
+logger = logging.getLogger(__name__)
+READERS = ("indexed", "streaming")
+
+
+class VLMDataModule(LightningDataModule):
+    """Steps of packed micro-batches, in an order that is a function of (seed, position).
+
+    A loader item is one optimizer step of this rank: ``list[VLMBatch]``. Samples consumed are
+    ``trainer.global_step * global_batch_size``, so a run resumes with any number of ranks and workers.
+
+    Args:
+        sources: training sources, each ``{name, shards, weight}``; weights of any scale, by default sizes.
+        processor: tokenizes and transforms.
+        num_steps: length of the training loader, the whole run's: ``trainer.max_steps``.
+        global_batch_size: samples of a step over all ranks (a preference pair is one sample).
+        micro_batch_size: samples of one micro-batch of one rank.
+        validation_sources: read in order, without shuffling.
+        max_validation_samples: shared evenly by the validation sources; None takes all.
+        teacher_processor: its image transform makes the view "teacher", when it differs from the processor's.
+        num_workers: loader processes of each rank.
+        max_rejected_fraction: of the samples read; beyond it the run stops.
+        rejected_folder: where ``rejected.jsonl`` names the samples that were replaced.
+        block_shards: shards whose samples are shuffled together.
+        reader: `indexed`, or `streaming` for remote shards without an index (then resume is not exact).
+        rank, world_size: asked of the trainer when None.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[Mapping[str, Any]],
+        processor: Processor,
+        *,
+        num_steps: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        validation_sources: Iterable[Mapping[str, Any]] = (),
+        max_validation_samples: int | None = None,
+        teacher_processor: Processor | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        seed: int = 0,
+        max_rejected_fraction: float = 0.05,
+        rejected_folder: str | Path | None = None,
+        block_shards: int = 8,
+        reader: str = "indexed",
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if reader not in READERS:
+            raise ValueError(f"reader must be one of {', '.join(READERS)}, got {reader!r}; set datamodule.reader")
+        for name, value in {"num_steps": num_steps, "micro_batch_size": micro_batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}; set datamodule.{name}")
+        self.sources = parse_sources(sources, "datamodule.sources")
+        self.validation_sources = parse_sources(validation_sources, "datamodule.validation_sources")
+        self.processor = add_teacher_view(processor, teacher_processor)
+        self.num_steps, self.seed = num_steps, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.max_validation_samples = max_validation_samples
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.max_rejected_fraction, self.rejected_folder = max_rejected_fraction, rejected_folder
+        self.block_shards, self.reader = block_shards, reader
+        self._rank, self._world_size = rank, world_size
+        self._samples_consumed = 0  # where a run without a trainer stands
+        self._opened: dict[str, IndexedShards | RecordFile] = {}
+        self._split_global_batch(world_size or 1)
+
+    def encoder(self) -> Encode:
+        """How a record becomes sequences; each family has its own."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        if self._rank is not None:
+            return self._rank
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def world_size(self) -> int:
+        if self._world_size is not None:
+            return self._world_size
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def samples_consumed(self) -> int:
+        """Samples that the optimizer has seen, over all ranks."""
+        return self._samples_consumed if self.trainer is None else self.trainer.global_step * self.global_batch_size
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check how the global batch splits, and open the sources, so that a fault shows before a model runs."""
+        self._split_global_batch(self.world_size)
+        max_steps = self.trainer.max_steps if self.trainer is not None else -1
+        if stage == "fit" and max_steps > self.num_steps:
+            raise ValueError(
+                f"trainer.max_steps={max_steps} exceeds datamodule.num_steps={self.num_steps}; make them equal"
+            )
+        for source in self.sources if stage in (None, "fit") else []:
+            if self.reader == "indexed":
+                self._open(source)
+            else:
+                expand_urls(source.shards)
+
+    def train_dataloader(self) -> StepLoader:
+        """The steps from where the run stands to `num_steps`; its length is `num_steps`."""
+        if not self.sources:
+            raise ValueError("nothing to train on; set datamodule.sources")
+        dataset = self._streaming_steps() if self.reader == "streaming" else self._indexed_steps()
+        return StepLoader(
+            dataset,
+            self._rejections("train"),
+            num_steps=self.num_steps,
+            start=lambda: self.samples_consumed // self.global_batch_size,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+
+    def val_dataloader(self) -> StepLoader | list[StepLoader]:
+        """The validation samples in order, one micro-batch of each rank at a time; nothing is drawn at random."""
+        if not self.validation_sources:
+            return []
+        return self.sequential_loader(self.validation_sources, split="validation")
+
+    def sequential_loader(self, sources: Sequence[Source], *, split: str) -> StepLoader:
+        """Every rank gets equally many items; the last may be smaller, and what is fewer than the ranks is dropped."""
+        readers = [self._open(source) for source in sources]
+        plan = SequentialPlan([len(reader) for reader in readers], max_samples=self.max_validation_samples)
+        chunk = self.micro_batch_size * self.world_size
+        num_items, rest = divmod(len(plan), chunk)
+        if rest >= self.world_size:
+            num_items += 1
+        elif rest:
+            logger.warning("%s: the last %d of %d samples are left out, fewer than the ranks", split, rest, len(plan))
+        total, rank, world_size = len(plan), self.rank, self.world_size
+        dataset = StepDataset(
+            readers,
+            [source.name for source in sources],
+            plan,
+            self.encoder(),
+            positions=partial(_chunk_positions, chunk=chunk, total=total, rank=rank, world_size=world_size),
+            first_position=partial(_scaled, size=chunk),
+            micro_batch_size=self.micro_batch_size,
+        )
+        return StepLoader(
+            dataset,
+            self._rejections(split),
+            num_steps=num_items,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+        )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lightning's hook: a training step must stand where the optimizer does."""
+        if self.trainer is not None and self.trainer.training:
+            check_position(batch, self.samples_consumed)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it is a position in."""
+        return {"samples_consumed": self.samples_consumed, "fingerprint": self.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume; refuses a checkpoint whose order of samples was another.
+
+        Raises:
+            ValueError: names what differs.
+        """
+        saved, current = state_dict["fingerprint"], self.fingerprint()
+        differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+        if differing:
+            listed = "; ".join(f"{name} was {saved.get(name)}, is {current.get(name)}" for name in differing)
+            raise ValueError(
+                f"the checkpoint's data is not this run's: {listed}; start a new run or restore the settings"
+            )
+        self._samples_consumed = int(state_dict["samples_consumed"])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the reading order depends on, in plain values; not the number of ranks or workers."""
+        common = {"reader": self.reader, "seed": self.seed, "global_batch_size": self.global_batch_size}
+        if self.reader == "streaming":
+            return {**common, "sources": [[source.name, str(source.shards)] for source in self.sources]}
+        digests = [[source.name, self._open(source).digest, source.weight] for source in self.sources]
+        return {**common, "block_shards": self.block_shards, "sources": digests}
+
+    def _indexed_steps(self) -> StepDataset:
+        readers = [self._open(source) for source in self.sources]
+        weights = [source.weight for source in self.sources]
+        plan = MixturePlan(
+            [reader.sizes for reader in readers], weights, seed=self.seed, block_shards=self.block_shards
+        )
+        size = self.global_batch_size
+        return StepDataset(
+            readers,
+            [source.name for source in self.sources],
+            plan,
+            self.encoder(),
+            positions=partial(rank_positions, global_batch_size=size, rank=self.rank, world_size=self.world_size),
+            first_position=partial(_scaled, size=size),
+            micro_batch_size=self.micro_batch_size,
+        )
+
+    def _streaming_steps(self) -> StreamingSteps:
+        if self.samples_consumed:
+            logger.warning("reader=streaming resumes at the start of a shard order of its own, not at the exact sample")
+        return StreamingSteps(
+            self.sources,
+            self.encoder(),
+            seed=self.seed,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            start=self.samples_consumed // self.global_batch_size,
+        )
+
+    def _open(self, source: Source) -> IndexedShards | RecordFile:
+        key = str(source)
+        if key not in self._opened:
+            self._opened[key] = source.open()
+        return self._opened[key]
+
+    def _rejections(self, split: str) -> RejectionLog:
+        return RejectionLog(
+            self.rejected_folder, max_rejected_fraction=self.max_rejected_fraction, rank=self.rank, split=split
+        )
+
+    def _split_global_batch(self, world_size: int) -> None:
+        per_pass = self.micro_batch_size * world_size
+        if self.global_batch_size < 1 or self.global_batch_size % per_pass:
+            raise ValueError(
+                f"global_batch_size must be a multiple of micro_batch_size * world_size = {self.micro_batch_size} * "
+                f"{world_size}, got {self.global_batch_size}; set datamodule.global_batch_size"
+            )
+
+
+def _scaled(step: int, *, size: int) -> int:
+    return step * size
+
+
+def _chunk_positions(step: int, *, chunk: int, total: int, rank: int, world_size: int) -> range:
+    return range(step * chunk + rank, min((step + 1) * chunk, total), world_size)

@@ -1,0 +1,29 @@
+"""Captions: one image, one request, one description."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from datamodules.base import VLMDataModule
+from datamodules.steps import Encode
+from moevlm.batch import EncodedSample, Record
+from moevlm.preprocessing.processor import Processor
+from moevlm.preprocessing.rejection import RejectedSample
+
+
+class CaptionDataModule(VLMDataModule):
+    """Single-round records with images, for connector alignment; others are rejected as `not_a_caption`."""
+
+    def encoder(self) -> Encode:
+        """One sequence a record."""
+        return partial(encode_caption, self.processor)
+
+
+def encode_caption(processor: Processor, record: Record, source: int, number: int) -> list[EncodedSample]:
+    """An image's caption; with the `plain` template the request is dropped."""
+    answers = sum(turn.role == "assistant" for turn in record.turns)
+    if answers != 1 or not record.images:
+        raise RejectedSample(
+            "not_a_caption", f"{len(record.images)} images, {answers} answers; a caption has one answer"
+        )
+    return processor.encode(record, source=source)

@@ -1,0 +1,49 @@
+"""Data sources as a config names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moevlm.data.reader import IndexedShards
+from moevlm.data.record_file import RecordFile
+
+KEYS = ("name", "shards", "weight", "json", "image_folder", "key_from")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One collection: `shards` (a folder of build_shards, tars, URLs when streamed), or `json` with `image_folder`."""
+
+    name: str
+    shards: Any = None
+    weight: float | None = None  # share in the mixture; None: its number of samples
+    json: str | None = None
+    image_folder: str | None = None
+    key_from: str = "id"
+
+    def open(self) -> IndexedShards | RecordFile:
+        """A reader of its records by number."""
+        if self.json is not None:
+            return RecordFile(self.json, self.image_folder, key_from=self.key_from)
+        try:
+            return IndexedShards(self.shards)
+        except ValueError as error:
+            raise ValueError(f"source {self.name}: {error}") from error
+
+
+def parse_sources(sources: Iterable[Mapping[str, Any]], key: str) -> list[Source]:
+    """Check a config's list of sources; `key` is the name of that list, for messages."""
+    parsed = []
+    for number, values in enumerate(sources):
+        unknown = sorted(set(values) - set(KEYS))
+        if unknown:
+            raise ValueError(f"{key}[{number}] has unknown keys {unknown}, known are {', '.join(KEYS)}")
+        if (values.get("shards") is None) == (values.get("json") is None):
+            raise ValueError(f"{key}[{number}] needs either shards or json")
+        parsed.append(Source(**{"name": f"source_{number}", **values}))
+    names = [source.name for source in parsed]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{key} repeats a name: {', '.join(names)}")
+    return parsed

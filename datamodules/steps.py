@@ -1,0 +1,178 @@
+"""One loader item is one optimizer step of this rank: the dataset is indexed by step, so workers share the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from datamodules.rejections import RejectedDraw, RejectionLog
+from moevlm.batch import EncodedSample, Record, VLMBatch
+from moevlm.data.plan import Draw
+from moevlm.data.rejection import RejectedRecord
+from moevlm.preprocessing.collate import pack
+from moevlm.preprocessing.rejection import RejectedSample
+
+MAX_ATTEMPTS = 32
+
+Encode = Callable[[Record, int, int], list[EncodedSample]]
+"""(record, source, number that names the draw) -> its sequences."""
+
+
+class Reader(Protocol):
+    """A source of numbered records: `IndexedShards` or `RecordFile`."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int) -> Record:
+        """One record, or RejectedRecord."""
+
+    def name(self, number: int) -> str:
+        """The key of a sample, readable or not."""
+
+
+class Plan(Protocol):
+    """Which sample stands at a position, and which may take its place."""
+
+    def draw(self, position: int) -> Draw: ...
+
+    def substitute(self, draw: Draw, attempt: int) -> int: ...
+
+
+@dataclass
+class Step:
+    """What a loader worker hands over; a failure travels as text, so that it ends in one line, not in a traceback."""
+
+    batches: list[VLMBatch] = field(default_factory=list)
+    rejected: list[RejectedDraw] = field(default_factory=list)
+    num_samples: int = 0
+    failure: str = ""
+
+    def pin_memory(self) -> Step:
+        """The same step in page-locked memory."""
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
+
+
+class StepDataset(Dataset[Step]):
+    """``dataset[step]`` reads, encodes and packs what this rank takes of a step.
+
+    Args:
+        readers: the sources; `names` are for messages.
+        positions: step -> the positions this rank reads.
+        first_position: step -> the samples consumed before it, stamped on its batches.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[Reader],
+        names: Sequence[str],
+        plan: Plan,
+        encode: Encode,
+        *,
+        positions: Callable[[int], Sequence[int]],
+        first_position: Callable[[int], int],
+        micro_batch_size: int,
+    ) -> None:
+        self.readers, self.names, self.plan, self.encode = readers, names, plan, encode
+        self.positions, self.first_position, self.micro_batch_size = positions, first_position, micro_batch_size
+
+    def __getitem__(self, step: int) -> Step:
+        result = Step()
+        groups: list[list[EncodedSample]] = []
+        try:
+            for position in self.positions(step):
+                groups.append(self._sample(self.plan.draw(position), result))
+            result.batches = pack_groups(groups, self.micro_batch_size, self.first_position(step))
+        except ValueError as error:
+            result.failure = str(error)
+        result.num_samples = len(groups)
+        return result
+
+    def _sample(self, draw: Draw, result: Step) -> list[EncodedSample]:
+        reader, number = self.readers[draw.source], draw.sample
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                return self.encode(reader.read(number), draw.source, draw.position)
+            except (RejectedRecord, RejectedSample) as rejected:
+                source, key = self.names[draw.source], reader.name(number)
+                result.rejected.append(RejectedDraw(draw.position, source, key, rejected.reason, rejected.detail))
+            number = self.plan.substitute(draw, attempt)
+        last = result.rejected[-1]
+        raise ValueError(
+            f"no usable sample in {MAX_ATTEMPTS} draws from source {last.source}: the last was {last.key} "
+            f"({last.reason}: {last.detail}); check the source's shards and the processor's settings"
+        )
+
+
+def pack_groups(groups: Sequence[list[EncodedSample]], micro_batch_size: int, position: int) -> list[VLMBatch]:
+    """Micro-batches of `micro_batch_size` samples; the sequences of one sample (a pair) stay together."""
+    starts = range(0, len(groups), micro_batch_size)
+    chunks = [[one for group in groups[start : start + micro_batch_size] for one in group] for start in starts]
+    return [pack(chunk, position) for chunk in chunks]
+
+
+class StepSampler(Sampler[int]):
+    """Steps from `start()` on; its length is the *whole* run's, as Lightning adds the steps done before a resume."""
+
+    def __init__(self, num_steps: int, start: Callable[[], int]) -> None:
+        self.num_steps, self.start = num_steps, start
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.start()
+        return iter(range(start, max(self.num_steps, start)))
+
+
+class StepLoader:
+    """Iterates over steps: a DataLoader whose rejections are logged here, in the main process, as steps are used.
+
+    Not a DataLoader itself, so that Lightning never swaps its sampler; nothing starts before the first step is asked
+    for, so that the start is read after a checkpoint has been restored.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Step],
+        rejections: RejectionLog,
+        *,
+        num_steps: int,
+        start: Callable[[], int] = lambda: 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        prefetch_factor: int = 2,
+    ) -> None:
+        self.num_steps, self.rejections, self.start = num_steps, rejections, start
+        streaming = isinstance(dataset, IterableDataset)
+        self.loader: DataLoader[Step] = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=None if streaming else StepSampler(num_steps, start),
+            num_workers=num_workers,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]  # batch_size None hands over single items
+            generator=torch.Generator().manual_seed(0),  # else each start draws from the global generator
+            pin_memory=pin_memory,
+            prefetch_factor=prefetch_factor if num_workers else None,
+        )
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[VLMBatch]]:
+        remaining = self.num_steps - self.start()
+        for step in self.loader:
+            if remaining <= 0:
+                return
+            self.rejections.record(step.rejected, step.num_samples)
+            if step.failure:
+                raise ValueError(step.failure)
+            remaining -= 1
+            yield step.batches
+
+
+def _as_it_is(item: Step) -> Step:
+    return item

@@ -1,0 +1,28 @@
+"""A teacher may see the same image through another transform."""
+
+from __future__ import annotations
+
+from moevlm.preprocessing.processor import Processor
+
+TEACHER_VIEW = "teacher"
+"""The key of `VLMBatch.images` for the teacher; absent when both models see the same."""
+
+
+def add_teacher_view(processor: Processor, teacher: Processor | None) -> Processor:
+    """The student's processor, which also makes the teacher's view of every image when that differs.
+
+    Raises:
+        ValueError: the two tokenizers give a token different ids; a batch has one row of ids for both models.
+    """
+    if teacher is None:
+        return processor
+    teacher_ids = teacher.tokenizer.get_vocab()
+    for token, number in processor.tokenizer.get_vocab().items():
+        if teacher_ids.get(token, number) != number:
+            raise ValueError(
+                f"token {token!r} is {number} for the student and {teacher_ids[token]} for the teacher; "
+                "choose a teacher of the same tokenizer family"
+            )
+    if teacher.image_transform == processor.image_transform:
+        return processor
+    return processor.with_view(TEACHER_VIEW, teacher.image_transform)

@@ -1,0 +1,202 @@
+"""Random access to the samples of indexed shards."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moevlm.batch import Record
+from moevlm.data.image_files import EXTENSIONS
+from moevlm.data.index import ShardIndex, index_path, read_index, scan_tar, write_index
+from moevlm.data.records import parse_record
+from moevlm.data.rejection import RejectedRecord
+from moevlm.data.shards import MANIFEST
+
+logger = logging.getLogger(__name__)
+MAX_OPEN_TARS = 64
+
+
+class IndexedShards:
+    """The samples of a folder written by `write_shards`, or of given WebDataset tars, by number.
+
+    Args:
+        shards: a folder with a manifest, a tar, a glob pattern of tars, or a list of tars. Tars without an index are
+            scanned once and, where the folder can be written, get one.
+
+    A damaged tar is named in a warning; its lost samples are rejected when read, so that numbers never shift.
+
+    Raises:
+        ValueError: nothing there, a folder that was never finished, or a tar that is missing.
+    """
+
+    def __init__(self, shards: str | Path | Sequence[str | Path]) -> None:
+        self.tars: list[Path] = []
+        self.sizes: tuple[int, ...] = ()  # samples of each shard
+        self.digest = ""  # of the shards' names, sizes and checksums
+        self._indexes: dict[int, ShardIndex] = {}
+        self._files: OrderedDict[int, int] = OrderedDict()
+        if isinstance(shards, (str, Path)) and Path(shards).is_dir():
+            self._open_folder(Path(shards))
+        else:
+            self._open_tars(_list_tars(shards))
+        self._ends: np.ndarray = np.cumsum(self.sizes)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __iter__(self) -> Iterator[Record]:
+        """Every readable record, in order."""
+        for number in range(len(self)):
+            try:
+                yield self.read(number)
+            except RejectedRecord as rejected:
+                logger.warning("sample %s left out: %s", self.name(number), rejected)
+
+    def name(self, number: int) -> str:
+        """The sample's key, or shard and number where the key is lost."""
+        shard, local = self._locate(number)
+        index = self._index(shard)
+        return str(index.keys[local]) if local < len(index) else f"{self.tars[shard].name}#{local}"
+
+    def read(self, number: int) -> Record:
+        """One record.
+
+        Raises:
+            RejectedRecord: broken_shard, or a reason of `record_from_members`.
+        """
+        shard, local = self._locate(number)
+        index = self._index(shard)
+        if local >= len(index):
+            raise RejectedRecord("broken_shard", f"{self.tars[shard]} is shorter than its manifest says")
+        members = {}
+        for extension, offset, size in index.members(local):
+            data = os.pread(self._file(shard), size, offset)
+            if len(data) != size:
+                raise RejectedRecord("broken_shard", f"{self.tars[shard]} ends before byte {offset + size}")
+            members[extension] = data
+        return record_from_members(str(index.keys[local]), members)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def close(self) -> None:
+        """Close the open tars; they open again when read."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - int(self._ends[shard]) + self.sizes[shard]
+
+    def _index(self, shard: int) -> ShardIndex:
+        if shard not in self._indexes:
+            self._indexes[shard] = read_index(self.tars[shard])
+        return self._indexes[shard]
+
+    def _file(self, shard: int) -> int:
+        # pread has no shared position, so descriptors survive a fork into loader workers
+        if shard in self._files:
+            self._files.move_to_end(shard)
+        else:
+            self._files[shard] = os.open(self.tars[shard], os.O_RDONLY)
+            if len(self._files) > MAX_OPEN_TARS:
+                os.close(self._files.popitem(last=False)[1])
+        return self._files[shard]
+
+    def _open_folder(self, folder: Path) -> None:
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} has no {MANIFEST}: not finished; run experiments.build_shards on it") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{folder / MANIFEST} is not JSON ({error.msg}); run experiments.build_shards again"
+            ) from error
+        for shard in manifest["shards"]:
+            tar = folder / shard["file"]
+            if not tar.is_file():
+                raise ValueError(
+                    f"{tar} is missing, {MANIFEST} names it; copy it or run experiments.build_shards again"
+                )
+            size = tar.stat().st_size
+            if size != shard["num_bytes"]:
+                logger.warning(
+                    "broken tar: %s has %d bytes, not %d; what is lost is replaced and counted; build or copy it again",
+                    *(tar, size, shard["num_bytes"]),
+                )
+            self.tars.append(tar)
+        self.sizes = tuple(shard["num_samples"] for shard in manifest["shards"])
+        self.digest = _digest([[shard["file"], shard["num_samples"], shard["sha256"]] for shard in manifest["shards"]])
+
+    def _open_tars(self, tars: list[Path]) -> None:
+        for number, tar in enumerate(tars):
+            if index_path(tar).is_file():
+                index = read_index(tar)
+            else:
+                index, damage = scan_tar(tar)
+                if damage:
+                    logger.warning("broken tar: %s (%s); %d samples kept; copy it again", tar, damage, len(index))
+                elif os.access(tar.parent, os.W_OK):
+                    write_index(tar, index)
+            self._indexes[number] = index
+        self.tars = tars
+        self.sizes = tuple(len(self._indexes[number]) for number in range(len(tars)))
+        if not sum(self.sizes):
+            raise ValueError(f"no sample in {tars[0]} and {len(tars) - 1} further tars; check shards")
+        self.digest = _digest([[tar.name, self.sizes[n], self._indexes[n].tar_bytes] for n, tar in enumerate(tars)])
+
+
+def record_from_members(key: str, members: Mapping[str, bytes]) -> Record:
+    """A record from the members of a WebDataset sample, by extension.
+
+    Images are ``jpg`` (``png``, ...) for one, ``0.jpg``, ``1.jpg`` ... for several; other extensions are not looked at.
+
+    Raises:
+        RejectedRecord: missing_json, broken_json, or a reason of `parse_record`.
+    """
+    if "json" not in members:
+        raise RejectedRecord("missing_json", f"members are {', '.join(members)}")
+    try:
+        values = json.loads(members["json"])
+    except ValueError as error:
+        raise RejectedRecord("broken_json", str(error)) from error
+    if not isinstance(values, dict):
+        raise RejectedRecord("not_an_object", f"a record must be a JSON object, got {type(values).__name__}")
+    numbered: list[tuple[int, bytes]] = []
+    for extension, data in members.items():
+        number, _, kind = extension.rpartition(".")
+        if kind in {*EXTENSIONS.values(), "jpeg"} and (not number or number.isdigit()):
+            numbered.append((int(number or 0), data))
+    return parse_record(key, values, tuple(data for _, data in sorted(numbered, key=lambda pair: pair[0])))
+
+
+def _list_tars(shards: str | Path | Sequence[str | Path]) -> list[Path]:
+    listed = [shards] if isinstance(shards, (str, Path)) else list(shards)
+    tars: list[Path] = []
+    for pattern in listed:
+        found = sorted(Path(name) for name in glob.glob(str(pattern)))  # noqa: PTH207 - absolute patterns too
+        if not found:
+            raise ValueError(f"no shards at {pattern}; set shards to a folder of build_shards or to tars")
+        tars += found
+    if not tars:
+        raise ValueError("an empty list of shards; set shards to a folder of build_shards or to tars")
+    return tars
+
+
+def _digest(rows: list[list[Any]]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
