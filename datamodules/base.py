@@ -18,7 +18,7 @@ from datamodules.streams import StreamingSteps
 from datamodules.teacher_view import add_teacher_view
 from moevlm.data.plan import MixturePlan, SequentialPlan, rank_positions
 from moevlm.data.reader import IndexedShards
-from moevlm.data.record_file import RecordFile
+from moevlm.data.records import RecordFile
 from moevlm.data.streaming import expand_urls
 from moevlm.preprocessing.processor import Processor
 
@@ -39,7 +39,7 @@ class VLMDataModule(LightningDataModule):
         global_batch_size: samples of a step over all ranks (a preference pair is one sample).
         micro_batch_size: samples of one micro-batch of one rank.
         validation_sources: read in order, without shuffling.
-        max_validation_samples: shared evenly by the validation sources; None takes all.
+        num_validation_samples: shared evenly by the validation sources; None takes all.
         teacher_processor: its image transform makes the view "teacher", when it differs from the processor's.
         num_workers: loader processes of each rank.
         max_rejected_fraction: of the samples read; beyond it the run stops.
@@ -58,7 +58,7 @@ class VLMDataModule(LightningDataModule):
         global_batch_size: int,
         micro_batch_size: int,
         validation_sources: Iterable[Mapping[str, Any]] = (),
-        max_validation_samples: int | None = None,
+        num_validation_samples: int | None = None,
         teacher_processor: Processor | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -81,7 +81,7 @@ class VLMDataModule(LightningDataModule):
         self.processor = add_teacher_view(processor, teacher_processor)
         self.num_steps, self.seed = num_steps, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.max_validation_samples = max_validation_samples
+        self.num_validation_samples = num_validation_samples
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.max_rejected_fraction, self.rejected_folder = max_rejected_fraction, rejected_folder
         self.block_shards, self.reader = block_shards, reader
@@ -148,7 +148,7 @@ class VLMDataModule(LightningDataModule):
     def sequential_loader(self, sources: Sequence[Source], *, split: str) -> StepLoader:
         """Every rank gets equally many items; the last may be smaller, and what is fewer than the ranks is dropped."""
         readers = [self._open(source) for source in sources]
-        plan = SequentialPlan([len(reader) for reader in readers], max_samples=self.max_validation_samples)
+        plan = SequentialPlan([len(reader) for reader in readers], max_samples=self.num_validation_samples)
         chunk = self.micro_batch_size * self.world_size
         num_items, rest = divmod(len(plan), chunk)
         if rest >= self.world_size:

@@ -40,7 +40,7 @@ class EvaluationDataModule(InstructionDataModule):
             global_batch_size=micro_batch_size,
             micro_batch_size=micro_batch_size,
             validation_sources=sources,
-            max_validation_samples=max_samples,
+            num_validation_samples=max_samples,
             **options,
         )
         if not self.validation_sources:
@@ -67,7 +67,7 @@ class EvaluationDataModule(InstructionDataModule):
         if name not in known:
             raise ValueError(f"no evaluation source {name!r}, known are {', '.join(known)}; set datamodule.sources")
         reader, rejections = self._open(known[name]), self._rejections(name)
-        count = len(reader) if self.max_validation_samples is None else min(len(reader), self.max_validation_samples)
+        count = len(reader) if self.num_validation_samples is None else min(len(reader), self.num_validation_samples)
         for number in range(count):
             try:
                 record = reader.read(number)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moevlm.data.reader import IndexedShards
-from moevlm.data.record_file import RecordFile
+from moevlm.data.records import RecordFile
 
 KEYS = ("name", "shards", "weight", "json", "image_folder", "key_from")
 

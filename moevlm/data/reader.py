@@ -17,7 +17,7 @@ import numpy as np
 from moevlm.batch import Record
 from moevlm.data.image_files import EXTENSIONS
 from moevlm.data.index import ShardIndex, index_path, read_index, scan_tar, write_index
-from moevlm.data.records import parse_record
+from moevlm.data.record_format import parse_record
 from moevlm.data.rejection import RejectedRecord
 from moevlm.data.shards import MANIFEST
 

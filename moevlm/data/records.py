@@ -1,103 +1,166 @@
-"""Raw samples: validation of LLaVA and preference records, and their form inside a shard."""
+"""LLaVA record files: a JSON list (or JSON lines) beside a folder of images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from moevlm.batch import Record, Turn
-from moevlm.data.rejection import RejectedRecord
+from moevlm.batch import Record
+from moevlm.data.image_files import check_image
+from moevlm.data.record_format import check_key, parse_record
+from moevlm.data.rejection import RejectedRecord, Rejection
 
-IMAGE_TAG = "<image>"
-ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
-ROLE_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
-TURN_FIELDS = ("conversations", "chosen", "rejected")
-MAX_KEY_BYTES = 90
-"""A key and its extension must fit the 100 bytes of a tar header's name."""
+KEY_SOURCES = ("id", "index")
 
 
-def parse_turns(turns: Any) -> tuple[Turn, ...]:
-    """Validate LLaVA turns: an optional system turn, then human and gpt by turns, human first.
+class RecordFile:
+    """The records of a file by number; images are read when a record is.
 
-    Raises:
-        RejectedRecord: no_turns, bad_turn, unknown_role, turn_order, empty_answer, image_tag_in_answer.
-    """
-    if not isinstance(turns, list) or not turns:
-        raise RejectedRecord("no_turns")
-    parsed = []
-    for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise RejectedRecord("bad_turn", 'a turn must be {"from": ..., "value": text}')
-        role = ROLES.get(str(turn.get("from")))
-        if role is None:
-            raise RejectedRecord("unknown_role", f"{turn.get('from')!r}, known are {', '.join(ROLES)}")
-        if role == "assistant" and not turn["value"].strip():
-            raise RejectedRecord("empty_answer")
-        if role != "user" and IMAGE_TAG in turn["value"]:
-            raise RejectedRecord("image_tag_in_answer", f"<image> in a turn from {turn['from']!r}")
-        parsed.append(Turn(role, turn["value"]))
-    roles = [turn.role for turn in parsed]
-    asked = roles[1:] if roles[0] == "system" else roles
-    if not asked:
-        raise RejectedRecord("no_turns", "only a system turn")
-    if asked != ["user" if number % 2 == 0 else "assistant" for number in range(len(asked))]:
-        raise RejectedRecord("turn_order", " ".join(roles))
-    return tuple(parsed)
-
-
-def parse_record(key: str, values: Mapping[str, Any], images: tuple[bytes, ...]) -> Record:
-    """A record from its JSON object and the bytes of its images.
+    Args:
+        json_file: a LLaVA ``.json`` list or ``.jsonl`` lines.
+        image_folder: what the records' image paths are relative to.
+        key_from: `id` takes the record's id, which must be unique, `index` its number in the file (real collections
+            often repeat ids); the id is then kept as ``source_id`` in the metadata.
+        verify: decode every image once, so that an unreadable one is found here.
 
     Raises:
-        RejectedRecord: a reason of `parse_turns`, image_tag_mismatch, or for preference records prompt_mismatch,
-            identical_pair, no_answer.
+        ValueError: the file is missing or is not JSON, or an option is unknown.
     """
-    metadata = {name: value for name, value in values.items() if name not in TURN_FIELDS and name != "id"}
-    if "chosen" in values or "rejected" in values:
-        turns, rejected = parse_turns(values.get("chosen")), parse_turns(values.get("rejected"))
-        _check_pair(turns, rejected)
-    else:
-        turns, rejected = parse_turns(values.get("conversations")), None
-    tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
-    if tags != len(images):
-        raise RejectedRecord("image_tag_mismatch", f"{tags} <image> tags, {len(images)} images")
-    return Record(key=key, turns=turns, images=images, rejected_turns=rejected, metadata=metadata)
+
+    def __init__(
+        self,
+        json_file: str | Path,
+        image_folder: str | Path | None = None,
+        *,
+        key_from: str = "id",
+        verify: bool = True,
+    ) -> None:
+        if key_from not in KEY_SOURCES:
+            raise ValueError(f"key_from must be one of {', '.join(KEY_SOURCES)}, got {key_from!r}; set key_from")
+        self.path, self.image_folder = Path(json_file), image_folder
+        self.key_from, self.verify = key_from, verify
+        self.values = load_json_records(json_file)
+        self._repeated = self._find_repeated() if key_from == "id" else set()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """One shard's worth: the whole file."""
+        return (len(self),)
+
+    @property
+    def digest(self) -> str:
+        """Of the records, not of their images."""
+        return hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()
+
+    def name(self, number: int) -> str:
+        """The record's id, or its number where it has none."""
+        values = self.values[number]
+        return str(values.get("id") or f"record {number}") if isinstance(values, dict) else f"record {number}"
+
+    def read(self, number: int) -> Record:
+        """One record with its images.
+
+        Raises:
+            RejectedRecord: not_an_object, no_id, duplicate_key, or a reason of `check_key`, `read_images` or
+                `parse_record`.
+        """
+        values = self.values[number]
+        if not isinstance(values, dict):
+            raise RejectedRecord("not_an_object", f"a record must be a JSON object, got {type(values).__name__}")
+        key = str(values.get("id", ""))
+        if self.key_from == "index":
+            values = {**values, "source_id": key} if key else values
+            key = f"{number:09d}"
+        elif not key:
+            raise RejectedRecord("no_id", "a record without id; use key_from=index")
+        check_key(key)
+        if number in self._repeated:
+            raise RejectedRecord("duplicate_key", "use key_from=index for collections that repeat ids")
+        images = tuple(read_images(values.get("image"), self.image_folder, verify=self.verify))
+        return parse_record(key, values, images)
+
+    def _find_repeated(self) -> set[int]:
+        seen: set[str] = set()
+        repeated = set()
+        for number in range(len(self)):
+            key = self.name(number)
+            if key in seen:
+                repeated.add(number)
+            seen.add(key)
+        return repeated
 
 
-def _check_pair(chosen: tuple[Turn, ...], rejected: tuple[Turn, ...]) -> None:
-    if chosen[-1].role != "assistant" or rejected[-1].role != "assistant":
-        raise RejectedRecord("no_answer", "chosen and rejected must both end with an answer")
-    if chosen[:-1] != rejected[:-1]:
-        raise RejectedRecord("prompt_mismatch", "chosen and rejected may differ in their last answer only")
-    if chosen == rejected:
-        raise RejectedRecord("identical_pair")
+def read_records(
+    json_file: str | Path, image_folder: str | Path | None = None, *, key_from: str = "id", verify: bool = True
+) -> Iterator[Record | Rejection]:
+    """Records of a file and its image folder, in order; the unusable come as Rejections. Arguments as `RecordFile`."""
+    records = RecordFile(json_file, image_folder, key_from=key_from, verify=verify)
+    for number in range(len(records)):
+        try:
+            yield records.read(number)
+        except RejectedRecord as rejected:
+            yield Rejection(records.name(number), rejected.reason, rejected.detail)
 
 
-def record_to_json(record: Record) -> dict[str, Any]:
-    """The JSON object that stands for a record in a shard; the inverse of `parse_record`."""
-
-    def plain(turns: Iterable[Turn]) -> list[dict[str, str]]:
-        return [{"from": ROLE_NAMES[turn.role], "value": turn.text} for turn in turns]
-
-    if record.rejected_turns is None:
-        return {"id": record.key, "conversations": plain(record.turns), **record.metadata}
-    return {
-        "id": record.key,
-        "chosen": plain(record.turns),
-        "rejected": plain(record.rejected_turns),
-        **record.metadata,
-    }
-
-
-def check_key(key: str) -> None:
-    """Refuse keys that a WebDataset tar cannot hold: the sample key ends at the first dot of a member's name.
+def load_json_records(json_file: str | Path) -> list[Any]:
+    """The list in a ``.json`` file or the lines of a ``.jsonl`` file.
 
     Raises:
-        RejectedRecord: key_with_dot, key_too_long, bad_key.
+        ValueError: missing, not JSON, or not a list.
     """
-    if "." in key:
-        raise RejectedRecord("key_with_dot", "dots separate key and extension in a tar; use key_from=index")
-    if len(key.encode()) > MAX_KEY_BYTES:
-        raise RejectedRecord("key_too_long", f"{len(key.encode())} bytes, at most {MAX_KEY_BYTES}")
-    if not key or key.startswith(("/", "__")) or "\\" in key or not key.isprintable():
-        raise RejectedRecord("bad_key", repr(key))
+    path = Path(json_file)
+    if not path.is_file():
+        raise ValueError(f"no record file at {path}; set json to a LLaVA .json or .jsonl file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [_parse_line(line) for line in text.splitlines() if line.strip()]
+        records = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); mend the file") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg}); mend the file") from error
+    if not isinstance(records, list):
+        raise ValueError(f"{path} must hold a JSON list of records, got {type(records).__name__}; mend the file")
+    return records
+
+
+def _parse_line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return line  # no object, so rejected and counted as one
+
+
+def read_images(names: Any, image_folder: str | Path | None, *, verify: bool = True) -> Iterator[bytes]:
+    """The bytes of a record's images, as they are on disk.
+
+    Raises:
+        RejectedRecord: bad_image_field, image_outside_folder, missing_image, or a reason of `check_image`.
+    """
+    listed = [] if names is None else [names] if isinstance(names, str) else names
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise RejectedRecord("bad_image_field", "image must be a path or a list of paths")
+    for name in listed:
+        if image_folder is None:
+            raise RejectedRecord("missing_image", f"{name}: no image_folder given")
+        root = Path(image_folder).resolve()
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise RejectedRecord("image_outside_folder", name)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise RejectedRecord("missing_image", f"{name} in {image_folder}") from error
+        if verify:
+            try:
+                check_image(data)
+            except RejectedRecord as rejected:
+                raise RejectedRecord(rejected.reason, f"{name}: {rejected.detail}") from rejected
+        yield data

@@ -16,7 +16,7 @@ from typing import Any
 from moevlm.batch import Record
 from moevlm.data.image_files import image_extension
 from moevlm.data.index import scan_tar, write_index
-from moevlm.data.records import check_key, record_to_json
+from moevlm.data.record_format import check_key, record_to_json
 from moevlm.data.rejection import RejectedRecord, Rejection
 
 MANIFEST = "manifest.json"
