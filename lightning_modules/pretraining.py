@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Unpack
 
 from torch import Tensor, nn
@@ -76,6 +77,11 @@ class VisionPretraining(Stage):
             if self.device_mesh is not None:
                 fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
+    def save_model(self, folder: str | Path, processor: Any = None) -> None:
+        """Write the vision encoder alone: config.json and model.safetensors. The classifiers have done their work."""
+        if self.global_rank == 0:
+            self.model.vision_encoder.save_pretrained(folder)
+
     def count_units(self, batch: dict[str, Any]) -> dict[str, int]:
         num_labels = sum(int((batch["labels"][name] != IGNORE_INDEX).sum()) for name in self.attributes)
         return {"targets": num_labels, "sequences": len(batch["images"])}
@@ -114,6 +120,13 @@ class LanguagePretraining(VLMStage):
         """Losses: lm, and for a sparse model load_balancing and router_z. The other settings are those of `Stage`."""
         super().__init__(build_model, optimizer, scheduler, trainable=trainable, loss_weights=loss_weights, **settings)
         self.save_hyperparameters(ignore=BUILDERS)
+
+    def save_model(self, folder: str | Path, processor: Any = None) -> None:
+        """Write the decoder alone, as transformers does, and its tokenizer."""
+        if self.global_rank == 0:
+            self.model.language_model.save_pretrained(str(folder))
+            if processor is not None:
+                processor.tokenizer.save_pretrained(str(folder))
 
     def compute_losses(self, batch: VLMBatch) -> Objective:
         return self.language_modeling(batch)
