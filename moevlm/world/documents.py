@@ -41,7 +41,8 @@ def pretraining_conversation(
     task = rng.choices(list(OPENING_TASKS), list(OPENING_TASKS.values()))[0]
     questions = _question_turns(scene, rng, balancer, num_questions)
     if task == "describe":
-        return [(f"{list_objects(scene)}\n{rng.choice(DESCRIPTION_REQUESTS['train'])}", describe(scene, rng)), *questions]
+        request = rng.choice(DESCRIPTION_REQUESTS["train"])
+        return [(f"{list_objects(scene)}\n{request}", describe(scene, rng)), *questions]
     description = describe(scene, rng)
     if task == "caption":
         return [(f"{description}\n{rng.choice(CAPTION_REQUESTS['train'])}", caption(scene, rng)), *questions]
@@ -49,7 +50,9 @@ def pretraining_conversation(
     return [(f"{description}\n{first_question}", first_answer), *rest]
 
 
-def text_only_conversation(rng: random.Random, balancer: AnswerBalancer | None = None, *, num_questions: int = 4) -> list[Turn]:
+def text_only_conversation(
+    rng: random.Random, balancer: AnswerBalancer | None = None, *, num_questions: int = 4
+) -> list[Turn]:
     """Turns that need no scene."""
     balancer = balancer or AnswerBalancer()
     questions = [draw_text_question(rng, balancer) for _ in range(num_questions)]

@@ -1,4 +1,4 @@
-"""Records to evaluate on: visual questions by kind, POPE-style probes, and descriptions to be checked for faithfulness."""
+"""Records to evaluate on: visual questions by kind, POPE-style probes, and descriptions to be checked."""
 
 import random
 from collections.abc import Sequence
@@ -49,10 +49,10 @@ def probe_records(
     records = []
     for scene in scenes:
         for number, question in enumerate(probe_questions(scene, negatives, prior, seed)):
+            name, turns = f"{scene.scene_id}-pope-{negatives}-{number}", [(word_probe(question), question.answer)]
             records.append(
-                conversation_record(f"{scene.scene_id}-pope-{negatives}-{number}", [(word_probe(question), question.answer)],
-                                    kind="existence", phrasing="train", image=image_path(scene), scene_id=scene.scene_id,
-                                    benchmark=f"pope_{negatives}")
+                conversation_record(name, turns, kind="existence", phrasing="train", image=image_path(scene),
+                                    scene_id=scene.scene_id, benchmark=f"pope_{negatives}")
             )  # fmt: skip
     return records
 
@@ -87,9 +87,10 @@ def _kind_records(kind: str, scenes: Sequence[Scene], seed: int, image_path: Ima
             asked.add(key)
             phrasing = PHRASING_SPLITS[len(records) % 2]
             worded = [(word_visual(q, rng, phrasing=phrasing), q.answer) for q in turns]
+            name = f"{scene.scene_id}-vqa-{kind}-{len(records):05d}"
             records.append(
-                conversation_record(f"{scene.scene_id}-vqa-{kind}-{len(records):05d}", worded, kind=kind, phrasing=phrasing,
-                                    image=image_path(scene), scene_id=scene.scene_id, benchmark="vqa", form=turns[-1].form)
+                conversation_record(name, worded, kind=kind, phrasing=phrasing, image=image_path(scene),
+                                    scene_id=scene.scene_id, benchmark="vqa", form=turns[-1].form)
             )  # fmt: skip
     return records
 

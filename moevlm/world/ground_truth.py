@@ -4,9 +4,11 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
+from PIL import Image
 
 from moevlm.world import vocabulary as v
 from moevlm.world.scenes import Scene, SceneObject
+from moevlm.world.shapes import shape_mask
 
 # Class names of each attribute; the class id of a name is 1 + its index, 0 means nothing there (or no label).
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -18,6 +20,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 NUM_CLASSES = {attribute: 1 + len(names) for attribute, names in ATTRIBUTES.items()}
 CLASS_IDS = {a: {name: 1 + i for i, name in enumerate(names)} for a, names in ATTRIBUTES.items()}
+
+MIN_COVERAGE = 0.2  # share of a patch that an object must cover to own it
+CELLS_PER_PATCH = 16  # resolution, along a side of a patch, at which coverage is measured
 
 # Other words for a category; models may say them even where the world's own texts do not.
 SYNONYMS = {"crescent": "moon", "crescents": "moon", "disc": "circle", "discs": "circle", "rhombus": "diamond"}
@@ -43,8 +48,8 @@ def mentioned_categories(text: str) -> list[str]:
 def patch_labels(scene: Scene, grid: int) -> dict[str, np.ndarray]:
     """Class ids of the object in each patch, for every attribute of `ATTRIBUTES`.
 
-    A patch belongs to the object whose bounding square covers at least half of it; and the patch under an object's
-    centre belongs to that object, however small it is. Objects do not overlap, so no patch has two owners.
+    A patch belongs to the object whose silhouette covers most of it, if that is at least `MIN_COVERAGE` of the patch;
+    an object that wins no patch in this way gets the one that it covers most.
 
     Args:
         scene: ground truth.
@@ -58,22 +63,25 @@ def patch_labels(scene: Scene, grid: int) -> dict[str, np.ndarray]:
     """
     if grid < 1:
         raise ValueError(f"grid must be at least 1, got {grid}")
-    labels = {attribute: np.zeros((grid, grid), dtype=np.int64) for attribute in ATTRIBUTES}
-    for item in scene.objects:
-        owned = np.outer(_coverage(item.y, item, grid), _coverage(item.x, item, grid)) >= 0.5
-        owned[min(int(item.y * grid), grid - 1), min(int(item.x * grid), grid - 1)] = True
-        for attribute, ids in CLASS_IDS.items():
-            name = getattr(item, attribute)
-            labels[attribute][owned] = 0 if name is None else ids[name]
+    coverage = np.stack([np.full((grid, grid), MIN_COVERAGE), *(_coverage(item, grid) for item in scene.objects)])
+    owner = coverage.argmax(axis=0)  # 0 is nobody, i + 1 the i-th object
+    for index in range(1, len(coverage)):
+        if not (owner == index).any():
+            owner[np.unravel_index(coverage[index].argmax(), owner.shape)] = index
+    labels = {}
+    for attribute, ids in CLASS_IDS.items():
+        names = [getattr(item, attribute) for item in scene.objects]
+        labels[attribute] = np.array([0, *(0 if name is None else ids[name] for name in names)], dtype=np.int64)[owner]
     return labels
 
 
-def _coverage(centre: float, item: SceneObject, grid: int) -> np.ndarray:
-    """Share of each patch, along one axis, that the object's extent covers."""
-    half = v.SIZE_FRACTIONS[item.size] / 2
-    edges = np.arange(grid + 1) / grid
-    overlap = np.minimum(edges[1:], centre + half) - np.maximum(edges[:-1], centre - half)
-    return overlap.clip(min=0.0) * grid
+def _coverage(item: SceneObject, grid: int) -> np.ndarray:
+    """Share of each patch that the object's silhouette covers, (grid, grid)."""
+    size = grid * CELLS_PER_PATCH
+    width = max(round(v.SIZE_FRACTIONS[item.size] * size), 1)
+    canvas = Image.new("L", (size, size), 0)
+    canvas.paste(shape_mask(item.category, width), (round(item.x * size - width / 2), round(item.y * size - width / 2)))
+    return np.asarray(canvas.reduce(CELLS_PER_PATCH), dtype=np.float64) / 255
 
 
 def _ordered(names: Iterable[str]) -> list[str]:

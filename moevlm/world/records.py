@@ -13,8 +13,8 @@ IMAGE_TOKEN = "<image>"
 
 
 def conversation_record(
-    name: str, turns: Sequence[Turn], *, kind: str, phrasing: str, image: str | None = None, scene_id: str | None = None,
-    **extra: Any,
+    name: str, turns: Sequence[Turn], *, kind: str, phrasing: str, image: str | None = None,
+    scene_id: str | None = None, **extra: Any,
 ) -> Record:  # fmt: skip
     """A record of one or several turns; ``open`` says whether its last answer is more than yes or no.
 
@@ -74,7 +74,7 @@ def check_record(record: Mapping[str, Any]) -> None:
 
 def _check_messages(name: str, messages: Any, *, has_image: bool) -> None:
     if not messages or len(messages) % 2:
-        raise ValueError(f"record {name}: turns must come in pairs of human and gpt, got {len(messages or [])} messages")
+        raise ValueError(f"record {name}: turns must be pairs of human and gpt, got {len(messages or [])} messages")
     for index, message in enumerate(messages):
         speaker = ("human", "gpt")[index % 2]
         if message.get("from") != speaker or not message.get("value"):

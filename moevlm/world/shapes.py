@@ -74,8 +74,8 @@ def texture_mask(category: str, texture: str, width: int, period: float) -> Imag
         for step in range(-steps, 2 * steps):
             left = step * period * math.sqrt(2)
             half = 0.25 * period * math.sqrt(2)
-            draw.polygon([(left - half, 0), (left + half, 0), (left + half - width, width), (left - half - width, width)],
-                         fill=255)  # fmt: skip
+            top, bottom = (left - half, left + half), (left + half - width, left - half - width)
+            draw.polygon([(top[0], 0), (top[1], 0), (bottom[0], width), (bottom[1], width)], fill=255)
     elif texture == "dotted":
         radius = 0.29 * period
         for row in range(-steps, steps):

@@ -64,7 +64,9 @@ def instruction_records(
         for number in range(mix.single_questions):
             question = _least_asked(scene, asked_kinds, rng, balancer)
             turns = _word([question], rng)
-            records.append(conversation_record(f"{scene.scene_id}-question-{number}", turns, kind=question.kind, **about))
+            records.append(
+                conversation_record(f"{scene.scene_id}-question-{number}", turns, kind=question.kind, **about)
+            )
         for number in range(mix.conversations):
             draw = follow_up_chain if rng.random() < FOLLOW_UP_FRACTION else independent_turns
             turns = _word(draw(scene, rng.randint(2, 4), rng, balancer), rng)

@@ -46,7 +46,7 @@ PAIRS = (
     ("star", "moon"), ("house", "tree"), ("circle", "ring"),
     ("heart", "arrow"), ("square", "triangle"), ("diamond", "cross"),
 )  # fmt: skip
-PARTNERS = {a: b for a, b in PAIRS} | {b: a for a, b in PAIRS}
+PARTNERS = dict(PAIRS) | {b: a for a, b in PAIRS}
 
 # Relative weight of a category when it is drawn freely; the popular ones come three times as often as the rest.
 POPULAR = ("star", "house", "circle")

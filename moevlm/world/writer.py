@@ -1,13 +1,12 @@
 """Writes a world to a folder: images, exact ground truth, and every record file, in the ordinary LLaVA format.
 
-    images/<split>/<scene_id>.png      scenes.jsonl (one scene a line)      world.json (summary)
-    captions_SPLIT.json  instructions_SPLIT.json  preferences_SPLIT.json    SPLIT: train, validation
-    vqa_SPLIT.json                                                          SPLIT: validation, test
-    pope_{random,popular,adversarial}_test.json  descriptions_test.json
+* ``images/<split>/<scene_id>.png``, ``scenes.jsonl`` (ground truth, a scene a line), ``world.json`` (summary)
+* train and validation: ``captions_<split>.json``, ``instructions_<split>.json``, ``preferences_<split>.json``
+* validation and test: ``vqa_<split>.json``
+* test: ``pope_{random,popular,adversarial}_test.json``, ``descriptions_test.json``
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,8 @@ Progress = Callable[[str, int, int], None]  # (file or split, done, total)
 
 def write_world(
     folder: str | Path, *, seed: int, num_train: int, num_validation: int, num_test: int, image_size: int = 96,
-    image_format: str = "png", vqa_per_kind: int = 150, mix: InstructionMix | None = None, progress: Progress | None = None,
+    image_format: str = "png", vqa_per_kind: int = 150, mix: InstructionMix | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Draw scenes and write everything about them; the same arguments give the same bytes.
 
@@ -77,7 +77,7 @@ def write_world(
         report("records", len(summary["files"]), total)
     summary |= _class_summary(prior)
     (partial / "world.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    partial.replace(target)
     return summary
 
 
@@ -127,7 +127,8 @@ def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def _class_summary(prior: CoOccurrence) -> dict[str, Any]:
-    names = {"categories": v.CATEGORIES, "colours": v.COLOURS, "sizes": v.SIZES, "textures": v.TEXTURES, "labels": v.LABELS}
+    names = {"categories": v.CATEGORIES, "colours": v.COLOURS, "sizes": v.SIZES}
+    names |= {"textures": v.TEXTURES, "labels": v.LABELS}
     marginal = dict(zip(v.CATEGORIES, prior.marginal.round(4).tolist(), strict=True))
     given = {
         row: dict(zip(v.CATEGORIES, values, strict=True))
@@ -136,7 +137,9 @@ def _class_summary(prior: CoOccurrence) -> dict[str, Any]:
     return {"classes": names, "cooccurrence": {"marginal": marginal, "conditional": given}}
 
 
-def _check_arguments(target: Path, counts: dict[str, int], image_size: int, image_format: str, vqa_per_kind: int) -> None:
+def _check_arguments(
+    target: Path, counts: dict[str, int], image_size: int, image_format: str, vqa_per_kind: int
+) -> None:
     for split, count in counts.items():
         if count < 1:
             raise ValueError(f"num_{split} must be at least 1, got {count}")

@@ -9,6 +9,7 @@ from moevlm.world.texts import object_questions as objects
 from moevlm.world.texts import relation_questions as relations
 from moevlm.world.texts.questions import AnswerBalancer, Question, yes_no
 from moevlm.world.texts.visual_questions import KINDS, draw_question
+from moevlm.world.texts.wording import with_article
 
 # Questions whose answer names one object, with the share of conversations that they start.
 STARTERS = {
@@ -68,7 +69,8 @@ def _follow_ups(item: SceneObject, form: str) -> Iterator[Question]:
         for attribute, values in (("colour", v.COLOURS), ("texture", v.TEXTURES)):
             for value in values:
                 truth = yes_no(getattr(item, attribute) == value)
-                yield Question("conversation", form, {"value": value}, truth, f"it_is {value}", item, attribute)
+                slots = {"value": value, "a_value": with_article(value)}
+                yield Question("conversation", form, slots, truth, f"it_is {value}", item, attribute)
     elif form != "it_label" or item.label is not None:
         answer = getattr(item, attribute).lower()
         yield Question("conversation", form, {}, answer, form, item, attribute)

@@ -17,13 +17,12 @@ from moevlm.world.texts.wording import (
     with_article,
 )
 
-CAPTION_TEMPLATES = (
-    "{list}.", "An image of {list}.", "This image shows {list}.", "There is {list}.", "A picture of {list}.",
-)  # fmt: skip
+PLURAL_TEMPLATES = ("{list}.", "An image of {list}.", "This image shows {list}.", "A picture of {list}.")
+CAPTION_TEMPLATES = (*PLURAL_TEMPLATES, "There is {list}.")
 
 OPENINGS = (
-    "The image shows {number} objects.", "There are {number} objects in the image.", "This picture has {number} objects.",
-    "I can see {number} objects.", "In total there are {number} objects.",
+    "The image shows {number} objects.", "There are {number} objects in the image.",
+    "This picture has {number} objects.", "I can see {number} objects.", "In total there are {number} objects.",
 )  # fmt: skip
 
 OBJECT_SENTENCES = (
@@ -37,13 +36,12 @@ def caption(scene: Scene, rng: random.Random) -> str:
     if rng.random() < 0.25:
         counts = Counter(o.category for o in scene.objects)
         things = [with_article(c) if n == 1 else f"{NUMBER_WORDS[n]} {v.PLURALS[c]}" for c, n in counts.items()]
-        templates = CAPTION_TEMPLATES if next(iter(counts.values())) == 1 else CAPTION_TEMPLATES[:3]
+        templates = CAPTION_TEMPLATES if next(iter(counts.values())) == 1 else PLURAL_TEMPLATES
     else:
         things = [with_article(f"{o.colour} {o.category}") for o in scene.objects]
         templates = CAPTION_TEMPLATES
-    if len(things) > 4:
-        templates = CAPTION_TEMPLATES[:1]
-    return sentence_case(rng.choice(templates).format(list=join_list(things)))
+    template = rng.choice(templates) if len(things) <= 4 else "{list}."
+    return sentence_case(template.format(list=join_list(things)))
 
 
 def describe(scene: Scene, rng: random.Random) -> str:

@@ -100,7 +100,7 @@ def shape_of(scene: Scene) -> list[Question]:
 def is_colour(scene: Scene) -> list[Question]:
     """Is the star red?"""
     return [
-        Question("attribute", "is_value", {"thing": name, "value": colour}, yes_no(item.colour == colour),
+        Question("attribute", "is_value", _value_slots(name, colour), yes_no(item.colour == colour),
                  f"is_colour {colour}")
         for item, name in references(scene, hide="colour") for colour in v.COLOURS
     ]  # fmt: skip
@@ -109,7 +109,7 @@ def is_colour(scene: Scene) -> list[Question]:
 def is_texture(scene: Scene) -> list[Question]:
     """Is the star striped?"""
     return [
-        Question("attribute", "is_value", {"thing": name, "value": texture}, yes_no(item.texture == texture),
+        Question("attribute", "is_value", _value_slots(name, texture), yes_no(item.texture == texture),
                  f"is_texture {texture}")
         for item, name in references(scene, hide="texture") for texture in v.TEXTURES
     ]  # fmt: skip
@@ -126,9 +126,12 @@ def label_on(scene: Scene) -> list[Question]:
 def labelled_object(scene: Scene) -> list[Question]:
     """Which object has the word CAT on it?"""
     return [
-        Question("reading", "labelled_object", {"label": label_phrase(label)}, o.category, "labelled_object", o, "label")
-        for o in scene.objects for label in _unique_label(scene, o.label)
-    ]  # fmt: skip
+        Question(
+            "reading", "labelled_object", {"label": label_phrase(label)}, o.category, "labelled_object", o, "label"
+        )
+        for o in scene.objects
+        for label in _unique_label(scene, o.label)
+    ]
 
 
 def labelled_colour(scene: Scene) -> list[Question]:
@@ -151,6 +154,10 @@ def has_label(scene: Scene) -> list[Question]:
                 slots = {"thing": name, "label": label_phrase(asked)}
                 questions.append(Question("reading", "has_label", slots, yes_no(asked == item.label), "has_label"))
     return questions
+
+
+def _value_slots(thing: str, value: str) -> dict[str, str]:
+    return {"thing": thing, "value": value, "a_value": with_article(value)}
 
 
 def _count(things: str, number: int) -> Question:

@@ -35,7 +35,8 @@ VISUAL_PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "colour_of": {
         "train": (
             "What colour is the {thing}?", "What is the colour of the {thing}?", "Which colour is the {thing}?",
-            "Which colour does the {thing} have?", "Name the colour of the {thing}.", "The {thing} is of what colour?",
+            "Which colour does the {thing} have?", "Name the colour of the {thing}.",
+            "The {thing} is of what colour?",
         ),
         "heldout": (
             "In which colour is the {thing} shown?", "Please tell me the colour of the {thing}.",
@@ -45,11 +46,10 @@ VISUAL_PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "texture_of": {
         "train": (
             "Is the {thing} plain, striped or dotted?", "What is the texture of the {thing}?",
-            "Which texture does the {thing} have?", "What texture is the {thing}?", "Name the texture of the {thing}.",
+            "Which texture does the {thing} have?", "What texture is the {thing}?",
+            "Name the texture of the {thing}.",
         ),
-        "heldout": (
-            "Is the {thing} dotted, plain or striped?", "Please tell me the texture of the {thing}.",
-        ),
+        "heldout": ("Is the {thing} dotted, plain or striped?", "Please tell me the texture of the {thing}."),
     },
     "size_of": {
         "train": (
@@ -70,8 +70,9 @@ VISUAL_PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "is_value": {
         "train": (
-            "Is the {thing} {value}?", "Is the {thing} in the image {value}?", "Is it true that the {thing} is {value}?",
-            "Would you say that the {thing} is {value}?", "Does the image show a {value} {thing}?",
+            "Is the {thing} {value}?", "Is the {thing} in the image {value}?",
+            "Is it true that the {thing} is {value}?", "Would you say that the {thing} is {value}?",
+            "Does the image show {a_value} {thing}?",
         ),
         "heldout": ("Do you see that the {thing} is {value}?", "Can you say that the {thing} is {value}?"),
     },
@@ -100,9 +101,7 @@ VISUAL_PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {
             "What colour is the object with {label} on it?", "What is the colour of the object with {label}?",
             "Which colour has the object with {label}?", "Name the colour of the object with {label} on it.",
         ),
-        "heldout": (
-            "The object with {label} is of what colour?", "Which colour is the object that shows {label}?",
-        ),
+        "heldout": ("The object with {label} is of what colour?", "Which colour is the object that shows {label}?"),
     },
     "has_label": {
         "train": (
@@ -113,8 +112,9 @@ VISUAL_PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "place_of": {
         "train": (
-            "Where is the {thing}?", "Where in the image is the {thing}?", "In which part of the image is the {thing}?",
-            "What is the position of the {thing}?", "Where do you see the {thing}?", "Name the place of the {thing}.",
+            "Where is the {thing}?", "Where in the image is the {thing}?",
+            "In which part of the image is the {thing}?", "What is the position of the {thing}?",
+            "Where do you see the {thing}?", "Name the place of the {thing}.",
         ),
         "heldout": (
             "Where can the {thing} be seen?", "Which part of the picture shows the {thing}?",
@@ -166,36 +166,45 @@ VISUAL_PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "match": {
         "train": (
-            "Which object has the same {attribute} as the {thing}?", "What has the same {attribute} as the {thing}?",
-            "Which other object has the {attribute} of the {thing}?", "Name the object with the same {attribute} as the {thing}.",
+            "Which object has the same {attribute} as the {thing}?",
+            "What has the same {attribute} as the {thing}?",
+            "Which other object has the {attribute} of the {thing}?",
+            "Name the object with the same {attribute} as the {thing}.",
         ),
         "heldout": (
-            "Which object shares its {attribute} with the {thing}?", "The {thing} has the same {attribute} as which object?",
+            "Which object shares its {attribute} with the {thing}?",
+            "The {thing} has the same {attribute} as which object?",
         ),
     },
     "odd_one": {
         "train": (
-            "What is the only {value} object?", "Which object is the only {value} one?", "Which object alone is {value}?",
-            "Name the only {value} object.",
+            "What is the only {value} object?", "Which object is the only {value} one?",
+            "Which object alone is {value}?", "Name the only {value} object.",
         ),
         "heldout": ("Only one object is {value}, which one?", "What shape is the only {value} object?"),
     },
     "larger_of": {
         "train": (
-            "Which is {comparative}, the {thing} or the {other}?", "What is {comparative}, the {thing} or the {other}?",
-            "Which object is {comparative}, the {thing} or the {other}?", "Of the {thing} and the {other}, which is {comparative}?",
+            "Which is {comparative}, the {thing} or the {other}?",
+            "What is {comparative}, the {thing} or the {other}?",
+            "Which object is {comparative}, the {thing} or the {other}?",
+            "Of the {thing} and the {other}, which is {comparative}?",
         ),
         "heldout": (
-            "The {thing} or the {other}, which is {comparative}?", "Name the {comparative} of the two, the {thing} or the {other}.",
+            "The {thing} or the {other}, which is {comparative}?",
+            "Name the {comparative} of the two, the {thing} or the {other}.",
         ),
     },
     "same": {
         "train": (
-            "Do the {thing} and the {other} have the same {attribute}?", "Is the {attribute} of the {thing} and the {other} the same?",
-            "Does the {thing} have the same {attribute} as the {other}?", "Are the {thing} and the {other} of the same {attribute}?",
+            "Do the {thing} and the {other} have the same {attribute}?",
+            "Is the {attribute} of the {thing} and the {other} the same?",
+            "Does the {thing} have the same {attribute} as the {other}?",
+            "Are the {thing} and the {other} of the same {attribute}?",
         ),
         "heldout": (
-            "Is the {thing} of the same {attribute} as the {other}?", "Do the {thing} and the {other} share one {attribute}?",
+            "Is the {thing} of the same {attribute} as the {other}?",
+            "Do the {thing} and the {other} share one {attribute}?",
         ),
     },
     "more_than": {
@@ -210,7 +219,9 @@ VISUAL_PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "heldout": ("Which colour is it?", "And what colour is it?"),
     },
     "it_texture": {
-        "train": ("What texture is it?", "And its texture?", "What is its texture?", "Is it plain, striped or dotted?"),
+        "train": (
+            "What texture is it?", "And its texture?", "What is its texture?", "Is it plain, striped or dotted?",
+        ),
         "heldout": ("Which texture does it have?", "And is it plain, striped or dotted?"),
     },
     "it_size": {
@@ -222,27 +233,30 @@ VISUAL_PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "heldout": ("Where do you see it?", "Which part of the picture shows it?"),
     },
     "it_label": {
-        "train": ("What is written on it?", "And what does it say?", "What is printed on it?", "Read the text on it."),
+        "train": (
+            "What is written on it?", "And what does it say?", "What is printed on it?", "Read the text on it.",
+        ),
         "heldout": ("What can you read on it?", "And which label does it have?"),
     },
     "it_is": {
-        "train": ("Is it {value}?", "And is it {value}?", "Is it a {value} one?", "Is this object {value}?"),
+        "train": ("Is it {value}?", "And is it {value}?", "Is it {a_value} one?", "Is this object {value}?"),
         "heldout": ("Would you say that it is {value}?", "Is it true that it is {value}?"),
     },
 }  # fmt: skip
 
 CAPTION_REQUESTS = {
     "train": (
-        "Describe the image briefly.", "Write a short caption.", "What is in the image?", "Give a short caption of the image.",
-        "What does the picture show?", "Caption this image.",
+        "Describe the image briefly.", "Write a short caption.", "What is in the image?",
+        "Give a short caption of the image.", "What does the picture show?", "Caption this image.",
     ),
     "heldout": ("Say briefly what the image shows.", "Please write a short caption of this picture."),
 }  # fmt: skip
 
 DESCRIPTION_REQUESTS = {
     "train": (
-        "Describe the image in detail.", "Write a detailed description of the image.", "Describe every object in the image.",
-        "Give a detailed description.", "Describe all that you see in the picture.",
+        "Describe the image in detail.", "Write a detailed description of the image.",
+        "Describe every object in the image.", "Give a detailed description.",
+        "Describe all that you see in the picture.",
         "What objects are in the image, what do they look like and where are they?",
     ),
     "heldout": ("Please describe this picture in full detail.", "Tell me in detail what the image shows."),

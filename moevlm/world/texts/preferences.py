@@ -1,8 +1,9 @@
-"""Preference pairs: a faithful description against one that sees what the prior expects, in the same words otherwise."""
+"""Preference pairs: a faithful description against one that tells what the prior expects, else alike."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from moevlm.world import vocabulary as v
 from moevlm.world.cooccurrence import CoOccurrence
@@ -13,7 +14,7 @@ from moevlm.world.texts.descriptions import describe_objects, relation_sentences
 # swapped: an object is replaced by an absent, co-occurring one elsewhere; added: such an object is told on top, where
 # the faithful text tells true relations; attribute: colour, texture or size of one object is wrong.
 FLAW_SHARES = {"swapped": 0.45, "added": 0.35, "attribute": 0.2}
-NUM_PLAUSIBLE = 3  # hallucinated categories are among this many that co-occur most with what is there
+PLAUSIBLE_WEIGHTS = (3, 2, 1)  # of the categories that co-occur most with what is there, the most plausible first
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def draw_description_pair(scene: Scene, prior: CoOccurrence, rng: random.Random)
         wrong = _replace_at(scene.objects, index, _with_wrong_attribute(scene.objects[index], rng))
         return DescriptionPair(chosen, describe_objects(wrong, random.Random(wording)), flaw, None)
     absent = [c for c in v.CATEGORIES if c not in categories(scene)]
-    category = rng.choice(prior.most_cooccurring(categories(scene), absent)[:NUM_PLAUSIBLE])
+    plausible = prior.most_cooccurring(categories(scene), absent)[: len(PLAUSIBLE_WEIGHTS)]
+    category = rng.choices(plausible, PLAUSIBLE_WEIGHTS)[0]
     imagined = _imagine(scene, category, rng)
     if flaw == "swapped":
         told = _replace_at(scene.objects, rng.randrange(len(scene.objects)), imagined)
@@ -65,8 +67,8 @@ def _with_wrong_attribute(item: SceneObject, rng: random.Random) -> SceneObject:
     if item.label is None:
         choices["size"] = v.SIZES
     attribute = rng.choice(list(choices))
-    value = rng.choice([x for x in choices[attribute] if x != getattr(item, attribute)])
-    return replace(item, **{attribute: value})
+    changed: dict[str, Any] = {attribute: rng.choice([x for x in choices[attribute] if x != getattr(item, attribute)])}
+    return replace(item, **changed)
 
 
 def _replace_at(objects: Sequence[SceneObject], index: int, item: SceneObject) -> tuple[SceneObject, ...]:

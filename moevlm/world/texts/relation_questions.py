@@ -27,7 +27,9 @@ def place_of(scene: Scene) -> list[Question]:
 def shape_at(scene: Scene) -> list[Question]:
     """What is in the top left? A cell holds at most one object."""
     return [
-        Question("spatial", "shape_at", {"where": PLACE_PHRASES[o.place]}, o.category, f"shape_at {o.place}", o, "place")
+        Question(
+            "spatial", "shape_at", {"where": PLACE_PHRASES[o.place]}, o.category, f"shape_at {o.place}", o, "place"
+        )
         for o in scene.objects
     ]
 
@@ -57,7 +59,7 @@ def extreme(scene: Scene) -> list[Question]:
 
 
 def nearest(scene: Scene) -> list[Question]:
-    """Which object is nearest to the star? Asked if the second nearest is clearly further; not told by a description."""
+    """Which object is nearest to the star? Asked if the second nearest is clearly further."""
     questions = []
     for item, name in references(scene):
         others = [o for o in scene.objects if o is not item]
@@ -74,7 +76,9 @@ def is_side(scene: Scene) -> list[Question]:
     opposites |= {b: a for a, b in opposites.items()}
     words = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
     return [
-        Question("spatial", "is_side", {"thing": a_name, "other": b_name, "side": asked}, yes_no(asked == true), "is_side")
+        Question(
+            "spatial", "is_side", {"thing": a_name, "other": b_name, "side": asked}, yes_no(asked == true), "is_side"
+        )
         for (a, a_name), (b, b_name) in _pairs(scene)
         for true in (words[d] for d in directions_between(a, b))
         for asked in (true, opposites[true])
@@ -94,7 +98,9 @@ def match_texture(scene: Scene) -> list[Question]:
 def odd_one(scene: Scene) -> list[Question]:
     """What is the only large object? Asked of sizes and textures, among at least three objects."""
     return [
-        Question("comparison", "odd_one", {"value": value}, bearers[0].category, f"odd_one {value}", bearers[0], attribute)
+        Question(
+            "comparison", "odd_one", {"value": value}, bearers[0].category, f"odd_one {value}", bearers[0], attribute
+        )
         for attribute, values in (("size", v.SIZES), ("texture", v.TEXTURES))
         for value in values
         if len(scene.objects) >= 3 and len(bearers := [o for o in scene.objects if getattr(o, attribute) == value]) == 1

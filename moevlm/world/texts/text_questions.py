@@ -7,8 +7,11 @@ from moevlm.world import vocabulary as v
 from moevlm.world.texts.questions import AnswerBalancer, Question, word_question, yes_no
 from moevlm.world.texts.wording import NUMBER_WORDS, join_list, with_article
 
-OPPOSITES = {"left": "right", "top": "bottom", "above": "below", "large": "small", "yes": "no", "first": "last", "more": "less"}
-OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
+_OPPOSITE_PAIRS = (
+    ("left", "right"), ("top", "bottom"), ("above", "below"), ("large", "small"), ("yes", "no"), ("first", "last"),
+    ("more", "less"),
+)  # fmt: skip
+OPPOSITES = dict(_OPPOSITE_PAIRS) | {b: a for a, b in _OPPOSITE_PAIRS}
 CORNERS = {"triangle": 3, "square": 4, "diamond": 4, "circle": 0, "ring": 0}
 
 # How many candidates a form offers to the balancer.
@@ -16,68 +19,98 @@ CANDIDATES_PER_FORM = 8
 
 TEXT_PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "add": {
-        "train": ("What is {a} plus {b}?", "How much is {a} plus {b}?", "{a} plus {b} makes what?", "Add {a} and {b}."),
+        "train": (
+            "What is {a} plus {b}?", "How much is {a} plus {b}?", "{a} plus {b} makes what?", "Add {a} and {b}.",
+        ),
         "heldout": ("What do {a} and {b} make?", "What is the sum of {a} and {b}?"),
     },
     "subtract": {
-        "train": ("What is {a} minus {b}?", "How much is {a} minus {b}?", "Take {b} from {a}.", "{a} minus {b} makes what?"),
+        "train": (
+            "What is {a} minus {b}?", "How much is {a} minus {b}?", "Take {b} from {a}.",
+            "{a} minus {b} makes what?",
+        ),
         "heldout": ("What is left of {a} less {b}?", "{a} less {b} makes what?"),
     },
     "greater": {
-        "train": ("Which is larger, {a} or {b}?", "Which number is larger, {a} or {b}?", "Is {a} or {b} the larger number?"),
+        "train": (
+            "Which is larger, {a} or {b}?", "Which number is larger, {a} or {b}?",
+            "Is {a} or {b} the larger number?",
+        ),
         "heldout": ("Of {a} and {b}, which is larger?", "Name the larger number, {a} or {b}."),
     },
     "is_greater": {
         "train": ("Is {a} larger than {b}?", "Is it true that {a} is larger than {b}?", "Is {a} more than {b}?"),
-        "heldout": ("Would you say that {a} is larger than {b}?", "Is the number {a} larger than {b}?"),
+        "heldout": ("Would you say that {a} is larger than {b}?", "Is {a} the larger number, not {b}?"),
     },
     "neighbour": {
         "train": ("What number comes {side} {a}?", "Which number is just {side} {a}?", "Name the number {side} {a}."),
         "heldout": ("What comes just {side} {a}?", "Please name the number that comes {side} {a}."),
     },
     "opposite": {
-        "train": ("What is the opposite of {word}?", "Name the opposite of {word}.", "Which word is the opposite of {word}?"),
+        "train": (
+            "What is the opposite of {word}?", "Name the opposite of {word}.",
+            "Which word is the opposite of {word}?",
+        ),
         "heldout": ("{word} is the opposite of what?", "Please tell me the opposite of {word}."),
     },
     "corners": {
-        "train": ("How many corners does {a_shape} have?", "What is the number of corners of {a_shape}?",
-                  "Count the corners of {a_shape}."),
+        "train": (
+            "How many corners does {a_shape} have?", "What is the number of corners of {a_shape}?",
+            "Count the corners of {a_shape}.",
+        ),
         "heldout": ("{a_shape} has how many corners?", "How many corners can you count on {a_shape}?"),
     },
     "kind_of_word": {
-        "train": ("Is {word} a colour, a shape or a number?", "What kind of word is {word}: colour, shape or number?",
-                  "{word}: colour, shape or number?"),
-        "heldout": ("Does {word} name a colour, a shape or a number?", "What is {word}, a number, a shape or a colour?"),
+        "train": (
+            "Is {word} a colour, a shape or a number?", "What kind of word is {word}: colour, shape or number?",
+            "{word}: colour, shape or number?",
+        ),
+        "heldout": (
+            "Does {word} name a colour, a shape or a number?", "What is {word}, a number, a shape or a colour?",
+        ),
     },
     "spell": {
         "train": ("Write {digit} as a word.", "What is {digit} in words?", "Which word is the number {digit}?"),
         "heldout": ("Spell the number {digit}.", "How do you write {digit} as a word?"),
     },
     "first_letter": {
-        "train": ("What is the {place} letter of {word}?", "Which letter is the {place} one of {word}?",
-                  "Name the {place} letter of the word {word}."),
+        "train": (
+            "What is the {place} letter of {word}?", "Which letter is the {place} one of {word}?",
+            "Name the {place} letter of the word {word}.",
+        ),
         "heldout": ("What letter comes {place} in {word}?", "Please tell me the {place} letter of {word}."),
     },
     "count_list": {
-        "train": ("How many words are in this list: {list}?", "Count the words: {list}.", "{list}: how many words are these?"),
+        "train": (
+            "How many words are in this list: {list}?", "Count the words: {list}.",
+            "{list}: how many words are these?",
+        ),
         "heldout": ("What is the number of words in {list}?", "How many words can you count here: {list}?"),
     },
     "in_list": {
-        "train": ("Is {word} in this list: {list}?", "Does this list contain {word}: {list}?", "{list}. Is {word} there?"),
+        "train": (
+            "Is {word} in this list: {list}?", "Does this list contain {word}: {list}?", "{list}. Is {word} there?",
+        ),
         "heldout": ("Can you see {word} in the list {list}?", "Here is a list: {list}. Does it contain {word}?"),
     },
     "mentioned": {
-        "train": ("Which {what} is mentioned here: {a_thing}?", "{a_thing}. Which {what} is mentioned?",
-                  "Name the {what} mentioned in this text: {a_thing}."),
+        "train": (
+            "Which {what} is mentioned here: {a_thing}?", "{a_thing}. Which {what} is mentioned?",
+            "Name the {what} mentioned in this text: {a_thing}.",
+        ),
         "heldout": ("What {what} do you read here: {a_thing}?", "This text mentions one {what}: {a_thing}. Which?"),
     },
     "context": {
-        "train": ("{facts} What colour is the {thing}?", "{facts} Which colour does the {thing} have?",
-                  "What colour is the {thing}? {facts}"),
+        "train": (
+            "{facts} What colour is the {thing}?", "{facts} Which colour does the {thing} have?",
+            "What colour is the {thing}? {facts}",
+        ),
         "heldout": ("{facts} Name the colour of the {thing}.", "{facts} The {thing} is of what colour?"),
     },
     "context_which": {
-        "train": ("{facts} What is {colour}?", "{facts} Which object is {colour}?", "Which object is {colour}? {facts}"),
+        "train": (
+            "{facts} What is {colour}?", "{facts} Which object is {colour}?", "Which object is {colour}? {facts}",
+        ),
         "heldout": ("{facts} Name the {colour} object.", "{facts} What shape is {colour}?"),
     },
 }  # fmt: skip

@@ -26,8 +26,8 @@ KINDS: dict[str, dict[Lister, float]] = {
         relations.nearest: 0.1, relations.is_side: 0.2,
     },
     "comparison": {
-        relations.match_colour: 0.25, relations.match_texture: 0.15, relations.odd_one: 0.15, relations.larger_of: 0.1,
-        relations.same_attribute: 0.2, relations.more_than: 0.15,
+        relations.match_colour: 0.3, relations.match_texture: 0.25, relations.odd_one: 0.2, relations.larger_of: 0.1,
+        relations.same_attribute: 0.1, relations.more_than: 0.05,
     },
     "reading": {
         objects.label_on: 0.4, objects.labelled_object: 0.25, objects.labelled_colour: 0.15, objects.has_label: 0.2,
