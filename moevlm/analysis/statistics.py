@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moevlm.analysis.pathways import Path, count_pathways, num_effective_paths, top_pathways
 from moevlm.batch import Routing, Segment
+from moevlm.metrics.routing import choice_counts_by_segment, entropy, importance
 
 MODALITIES = ("image", "text")
 NUM_SEGMENTS = len(Segment)
@@ -75,7 +76,7 @@ class RoutingStatistics:
             raise ValueError(f"routing of layers {sorted(routings)}, but {list(self.layers)} were counted before")
         segments = segments_T.cpu().numpy()
         for index in sorted(routings):
-            self._add_layer(index, routings[index], segments)
+            self._add_layer(index, routings[index], segments_T)
         self.num_tokens += len(segments)
         top1_TL = np.stack([_top1_experts(routings[index]) for index in sorted(routings)], axis=1)
         for modality, chosen in (("image", segments == Segment.IMAGE), ("text", segments != Segment.IMAGE)):
@@ -83,20 +84,18 @@ class RoutingStatistics:
             room = self.max_pathway_tokens - sum(map(len, self._top1[modality]))
             self._top1[modality].append(top1_TL[chosen][: max(room, 0)])
 
-    def _add_layer(self, index: int, routing: Routing, segments: np.ndarray) -> None:
+    def _add_layer(self, index: int, routing: Routing, segments_T: Tensor) -> None:
         num_tokens, num_experts = routing.router_probs.shape
-        if num_tokens != len(segments):
-            raise ValueError(f"layer {index} routed {num_tokens} tokens, but there are {len(segments)} segments")
+        if num_tokens != len(segments_T):
+            raise ValueError(f"layer {index} routed {num_tokens} tokens, but there are {len(segments_T)} segments")
         if index not in self.layers:
             empty = np.zeros((num_experts, NUM_SEGMENTS), dtype=np.int64)
             self.layers[index] = LayerStatistics(num_experts, empty, np.zeros(num_experts))
         layer = self.layers[index]
-        ids_TK = routing.expert_ids.cpu().numpy()
-        cells = ids_TK * NUM_SEGMENTS + segments[:, None]
-        layer.choices += np.bincount(cells.ravel(), minlength=layer.choices.size).reshape(layer.choices.shape)
-        probs_TE = routing.router_probs.double().cpu().numpy()
-        layer.probs += probs_TE.sum(axis=0)
-        layer.entropy += float(-(probs_TE * np.log(probs_TE.clip(min=1e-30))).sum())
+        counts_GE = choice_counts_by_segment(routing.expert_ids, segments_T, num_experts=num_experts)
+        layer.choices += counts_GE.T.long().cpu().numpy()
+        layer.probs += importance(routing.router_probs).double().cpu().numpy() * num_tokens
+        layer.entropy += float(entropy(routing.router_probs)) * num_tokens
         layer.num_dropped += 0 if routing.dropped is None else int(routing.dropped.sum())
 
     def top1(self, modality: str) -> np.ndarray:

@@ -35,14 +35,14 @@ def same_answer_rows(rows: Sequence[Row], answer: str) -> list[dict[str, Any]]:
 def swapped_rows(rows: Sequence[Row], *, seed: int = 0) -> list[dict[str, Any]]:
     """The rows, each answered by the gold answer of another one: faithful descriptions of the wrong image.
 
-    A seeded cyclic shift of a random order, so that with two rows or more none keeps its own; any ``mentioned`` objects
-    are dropped with the answer they belonged to.
+    A seeded cyclic shift of a random order, so that with two rows or more none keeps its own. ``mentioned`` objects
+    become those of the other gold answer (``gold_mentioned``).
     """
     order = np.random.default_rng(seed).permutation(len(rows))
     donors = np.empty_like(order)
     donors[order] = np.roll(order, 1)
     return [
-        {key: value for key, value in row.items() if key != "mentioned"} | {"answer": _first(rows[donor]["gold"])}
+        dict(row) | {"answer": _first(rows[donor]["gold"]), "mentioned": rows[donor].get("gold_mentioned")}
         for row, donor in zip(rows, donors)
     ]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from moevlm.batch import DEFAULT_VIEW, IMAGE_TOKEN_ID, EncodedSample
@@ -23,7 +22,7 @@ def generate(
     eos_token_ids: Collection[int],
     batch_size: int,
     view: str = DEFAULT_VIEW,
-    progress: str | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt with its most likely token until an end token.
 
@@ -38,7 +37,7 @@ def generate(
         eos_token_ids: ids that end an answer; not part of it.
         batch_size: prompts that run together.
         view: which of the prompts' image transforms the model sees.
-        progress: name of a progress bar over prompts; None shows none.
+        on_batch: called with the number of answers after each batch; a progress bar's `update`, for one.
 
     Returns:
         Token ids of each answer, in the order of the prompts.
@@ -57,14 +56,13 @@ def generate(
     _check_context(vlm, prompts, lengths, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: (-lengths[index], index))
     answers: list[list[int]] = [[] for _ in prompts]
-    with tqdm(total=len(prompts), desc=progress, unit="answer", disable=progress is None) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            samples = [prompts[index] for index in chosen]
-            found = _generate_batch(vlm, samples, max_new_tokens, eos_token_ids, view)
-            for index, answer in zip(chosen, found):
-                answers[index] = answer
-            bar.update(len(chosen))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        samples = [prompts[index] for index in chosen]
+        for index, answer in zip(chosen, _generate_batch(vlm, samples, max_new_tokens, eos_token_ids, view)):
+            answers[index] = answer
+        if on_batch is not None:
+            on_batch(len(chosen))
     return answers
 
 

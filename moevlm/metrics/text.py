@@ -1,6 +1,7 @@
 """Answers as strings: when do two short answers say the same thing?"""
 
 import re
+from collections import Counter
 
 _NUMBERS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -42,3 +43,14 @@ def exact_match(answer: str, gold: str | list[str] | tuple[str, ...]) -> bool:
 def num_words(text: str) -> int:
     """Words separated by white space."""
     return len(text.split())
+
+
+def word_f1(answer: str, gold: str) -> float:
+    """Harmonic mean of the precision and recall of words, each counted as often as it occurs; in [0, 1].
+
+    SQuAD's F1 (Rajpurkar et al., arXiv:1606.05250) with `normalise_answer`; 1 if both are empty.
+    """
+    said, wanted = Counter(normalise_answer(answer).split()), Counter(normalise_answer(gold).split())
+    if not said or not wanted:
+        return float(said == wanted)
+    return 2 * (said & wanted).total() / (said.total() + wanted.total())

@@ -29,11 +29,11 @@ def test_the_constant_baseline_scores_the_share_of_its_answer() -> None:
 
 
 def test_swapped_rows_give_every_row_the_answer_of_another() -> None:
-    rows = [{"gold": str(index), "mentioned": []} for index in range(7)]
+    rows = [{"gold": str(index), "mentioned": [], "gold_mentioned": [index]} for index in range(7)]
     swapped = swapped_rows(rows, seed=1)
     assert all(row["answer"] != row["gold"] for row in swapped)
     assert sorted(row["answer"] for row in swapped) == sorted(row["gold"] for row in rows)
-    assert not any("mentioned" in row for row in swapped)
+    assert all(row["mentioned"] == [int(row["answer"])] for row in swapped)
     assert swapped == swapped_rows(rows, seed=1)
 
 

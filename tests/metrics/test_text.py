@@ -1,6 +1,6 @@
 import pytest
 
-from moevlm.metrics.text import exact_match, normalise_answer, num_words
+from moevlm.metrics.text import exact_match, normalise_answer, num_words, word_f1
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,11 @@ def test_exact_match_takes_any_accepted_answer() -> None:
 def test_words_are_separated_by_white_space() -> None:
     assert num_words(" a red\nstar. ") == 3
     assert num_words("") == 0
+
+
+def test_word_f1_by_hand() -> None:
+    assert word_f1("a red star", "the red moon") == pytest.approx(0.5)
+    assert word_f1("star star", "star") == pytest.approx(2 / 3)
+    assert word_f1("Two stars.", "2 stars") == 1
+    assert word_f1("", "star") == 0
+    assert word_f1("", "") == 1
