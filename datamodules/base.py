@@ -72,12 +72,12 @@ class VLMDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if reader not in READERS:
-            raise ValueError(f"reader must be one of {', '.join(READERS)}, got {reader!r}; set datamodule.reader")
+            raise ValueError(f"reader must be one of {', '.join(READERS)}, got {reader!r}; set data.reader")
         for name, value in {"num_steps": num_steps, "micro_batch_size": micro_batch_size}.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}; set datamodule.{name}")
-        self.sources = parse_sources(sources, "datamodule.sources")
-        self.validation_sources = parse_sources(validation_sources, "datamodule.validation_sources")
+                raise ValueError(f"{name} must be at least 1, got {value}; set data.{name}")
+        self.sources = parse_sources(sources, "data.sources")
+        self.validation_sources = parse_sources(validation_sources, "data.validation_sources")
         self.processor = add_teacher_view(processor, teacher_processor)
         self.num_steps, self.seed = num_steps, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
@@ -116,9 +116,7 @@ class VLMDataModule(LightningDataModule):
         self._split_global_batch(self.world_size)
         max_steps = self.trainer.max_steps if self.trainer is not None else -1
         if stage == "fit" and max_steps > self.num_steps:
-            raise ValueError(
-                f"trainer.max_steps={max_steps} exceeds datamodule.num_steps={self.num_steps}; make them equal"
-            )
+            raise ValueError(f"trainer.max_steps={max_steps} exceeds data.num_steps={self.num_steps}; make them equal")
         for source in self.sources if stage in (None, "fit") else []:
             if self.reader == "indexed":
                 self._open(source)
@@ -128,7 +126,7 @@ class VLMDataModule(LightningDataModule):
     def train_dataloader(self) -> StepLoader:
         """The steps from where the run stands to `num_steps`; its length is `num_steps`."""
         if not self.sources:
-            raise ValueError("nothing to train on; set datamodule.sources")
+            raise ValueError("nothing to train on; set data.sources")
         dataset = self._streaming_steps() if self.reader == "streaming" else self._indexed_steps()
         return StepLoader(
             dataset,
@@ -253,7 +251,7 @@ class VLMDataModule(LightningDataModule):
         if self.global_batch_size < 1 or self.global_batch_size % per_pass:
             raise ValueError(
                 f"global_batch_size must be a multiple of micro_batch_size * world_size = {self.micro_batch_size} * "
-                f"{world_size}, got {self.global_batch_size}; set datamodule.global_batch_size"
+                f"{world_size}, got {self.global_batch_size}; set data.global_batch_size"
             )
 
 

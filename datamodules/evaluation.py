@@ -44,7 +44,7 @@ class EvaluationDataModule(InstructionDataModule):
             **options,
         )
         if not self.validation_sources:
-            raise ValueError("nothing to evaluate on; set datamodule.sources")
+            raise ValueError("nothing to evaluate on; set data.sources")
 
     def _split_global_batch(self, world_size: int) -> None:
         """There is no global batch: nothing is trained."""
@@ -65,7 +65,7 @@ class EvaluationDataModule(InstructionDataModule):
         """
         known = {source.name: source for source in self.validation_sources}
         if name not in known:
-            raise ValueError(f"no evaluation source {name!r}, known are {', '.join(known)}; set datamodule.sources")
+            raise ValueError(f"no evaluation source {name!r}, known are {', '.join(known)}; set data.sources")
         reader, rejections = self._open(known[name]), self._rejections(name)
         count = len(reader) if self.num_validation_samples is None else min(len(reader), self.num_validation_samples)
         for number in range(count):

@@ -39,8 +39,7 @@ class RejectionLog:
     ) -> None:
         if not 0 <= max_rejected_fraction <= 1:
             raise ValueError(
-                f"max_rejected_fraction must lie in [0, 1], got {max_rejected_fraction}; "
-                "set datamodule.max_rejected_fraction"
+                f"max_rejected_fraction must lie in [0, 1], got {max_rejected_fraction}; set data.max_rejected_fraction"
             )
         suffix = "" if rank == 0 else f"_rank_{rank:03d}"
         self.path = None if folder is None else Path(folder) / f"rejected{suffix}.jsonl"
@@ -71,7 +70,7 @@ class RejectionLog:
             raise ValueError(
                 f"{self.num_rejected} of {self.num_seen} {self.split} samples were rejected ({listed}), more than "
                 f"max_rejected_fraction={self.max_rejected_fraction:g}{where}; mend the data or raise "
-                "datamodule.max_rejected_fraction"
+                "data.max_rejected_fraction"
             )
 
     def _write(self, rejected: Sequence[RejectedDraw]) -> None:

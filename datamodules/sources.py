@@ -30,7 +30,7 @@ class Source:
         try:
             return IndexedShards(self.shards)
         except ValueError as error:
-            raise ValueError(f"source {self.name}: {error}") from error
+            raise ValueError(f"source {self.name}: {error}") from None
 
 
 def parse_sources(sources: Iterable[Mapping[str, Any]], key: str) -> list[Source]:

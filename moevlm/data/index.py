@@ -103,8 +103,8 @@ def read_index(tar: Path) -> ShardIndex:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in FIELDS}
-    except FileNotFoundError as error:
-        raise ValueError(f"no index {path}; build the shards again or list the tars themselves") from error
+    except FileNotFoundError:
+        raise ValueError(f"no index {path}; build the shards again or list the tars themselves") from None
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is broken ({error}); delete it and build the shards again") from error
+        raise ValueError(f"{path} is broken ({error}); delete it and build the shards again") from None
     return ShardIndex(**{**arrays, "tar_bytes": int(arrays["tar_bytes"])})

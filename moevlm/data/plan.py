@@ -39,7 +39,7 @@ class BlockShuffle:
 
     def __init__(self, sizes: Sequence[int], *, seed: int, source: int = 0, block_shards: int = 8) -> None:
         if block_shards < 1:
-            raise ValueError(f"block_shards must be at least 1, got {block_shards}; set datamodule.block_shards")
+            raise ValueError(f"block_shards must be at least 1, got {block_shards}; set data.block_shards")
         self.sizes = np.asarray(sizes, dtype=np.int64)
         self.num_samples = int(self.sizes.sum())
         self.seed, self.source, self.block_shards = seed, source, block_shards
@@ -179,7 +179,7 @@ def mixture_slots(weights: Sequence[float]) -> list[int]:
         ValueError: no source, a weight that is not positive, or too many sources.
     """
     if not weights or len(weights) > MIXTURE_BLOCK:
-        raise ValueError(f"a mixture needs 1 to {MIXTURE_BLOCK} sources, got {len(weights)}; set datamodule.sources")
+        raise ValueError(f"a mixture needs 1 to {MIXTURE_BLOCK} sources, got {len(weights)}; set data.sources")
     if not all(np.isfinite(weight) and weight > 0 for weight in weights):
         raise ValueError(f"weights must be positive, got {list(weights)}; set the weight of each source or drop it")
     exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * (MIXTURE_BLOCK - len(weights))

@@ -121,12 +121,12 @@ class IndexedShards:
     def _open_folder(self, folder: Path) -> None:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} has no {MANIFEST}: not finished; run experiments.build_shards on it") from error
+        except FileNotFoundError:
+            raise ValueError(f"{folder} has no {MANIFEST}: not finished; run experiments.build_shards on it") from None
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{folder / MANIFEST} is not JSON ({error.msg}); run experiments.build_shards again"
-            ) from error
+            ) from None
         for shard in manifest["shards"]:
             tar = folder / shard["file"]
             if not tar.is_file():

@@ -85,6 +85,14 @@ class RecordFile:
         images = tuple(read_images(values.get("image"), self.image_folder, verify=self.verify))
         return parse_record(key, values, images)
 
+    def __iter__(self) -> Iterator[Record | Rejection]:
+        """The records in order; the unusable come as Rejections."""
+        for number in range(len(self)):
+            try:
+                yield self.read(number)
+            except RejectedRecord as rejected:
+                yield Rejection(self.name(number), rejected.reason, rejected.detail)
+
     def _find_repeated(self) -> set[int]:
         seen: set[str] = set()
         repeated = set()
@@ -100,12 +108,7 @@ def read_records(
     json_file: str | Path, image_folder: str | Path | None = None, *, key_from: str = "id", verify: bool = True
 ) -> Iterator[Record | Rejection]:
     """Records of a file and its image folder, in order; the unusable come as Rejections. Arguments as `RecordFile`."""
-    records = RecordFile(json_file, image_folder, key_from=key_from, verify=verify)
-    for number in range(len(records)):
-        try:
-            yield records.read(number)
-        except RejectedRecord as rejected:
-            yield Rejection(records.name(number), rejected.reason, rejected.detail)
+    return iter(RecordFile(json_file, image_folder, key_from=key_from, verify=verify))
 
 
 def load_json_records(json_file: str | Path) -> list[Any]:
@@ -123,9 +126,9 @@ def load_json_records(json_file: str | Path) -> list[Any]:
             return [_parse_line(line) for line in text.splitlines() if line.strip()]
         records = json.loads(text)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); mend the file") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}); mend the file") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg}); mend the file") from error
+        raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg}); mend the file") from None
     if not isinstance(records, list):
         raise ValueError(f"{path} must hold a JSON list of records, got {type(records).__name__}; mend the file")
     return records

@@ -56,7 +56,7 @@ def stream(
     if len(urls) < readers:
         raise ValueError(
             f"{len(urls)} shards for {world_size} ranks x {num_workers} workers: each needs one; "
-            "lower datamodule.num_workers or write smaller shards"
+            "lower data.num_workers or write smaller shards"
         )
     for url in itertools.islice(urls, rank * num_workers + worker, None, readers):
         faults: list[Exception] = []

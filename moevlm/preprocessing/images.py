@@ -87,17 +87,19 @@ class ImageTransform:
         object.__setattr__(self, "mean", tuple(float(value) for value in self.mean))
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         if self.mode not in MODES:
-            raise ValueError(f"image mode must be one of {', '.join(MODES)}, got {self.mode!r}; set image.mode")
+            raise ValueError(
+                f"image mode must be one of {', '.join(MODES)}, got {self.mode!r}; set processor.image.mode"
+            )
         if self.interpolation not in INTERPOLATIONS:
             known = ", ".join(INTERPOLATIONS)
             raise ValueError(
-                f"interpolation must be one of {known}, got {self.interpolation!r}; set image.interpolation"
+                f"interpolation must be one of {known}, got {self.interpolation!r}; set processor.image.interpolation"
             )
         if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}; set image.image_size")
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}; set processor.image.image_size")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
-                f"mean and std need 3 values, std > 0; got {self.mean}, {self.std}; set image.mean, image.std"
+                f"mean and std need 3 values, std > 0; got {self.mean}, {self.std}; set processor.image.mean, image.std"
             )
 
     def __call__(self, source: ImageSource) -> Tensor:

@@ -210,5 +210,5 @@ def build_processor(
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"no tokenizer at {tokenizer!r}: {reason}; set processor.tokenizer to a folder or hub id"
-        ) from error
+        ) from None
     return Processor(loaded, options.pop("chat_template"), transform, **options)
