@@ -15,7 +15,7 @@ from moevlm.models.vlm import VLM
 
 
 def build_vlm(
-    vision_encoder: dict[str, Any] | None,
+    vision_encoder: str | dict[str, Any] | None,
     connector: str,
     language_model: str | dict[str, Any],
     *,
@@ -31,7 +31,7 @@ def build_vlm(
     The same arguments give the same weights; the global random state is left as it was.
 
     Args:
-        vision_encoder: arguments of `VisionEncoder`; None for a blind model.
+        vision_encoder: arguments of `VisionEncoder`, or a folder that it saved; None for a blind model.
         connector: a kind that `build_connector` knows.
         language_model: hub id, folder, or config of the decoder.
         moe: arguments of `upcycle`; None leaves the model as it is.
@@ -60,13 +60,17 @@ def build_vlm(
 
 
 def _from_parts(
-    vision_settings: dict[str, Any] | None,
+    vision_settings: str | dict[str, Any] | None,
     connector_kind: str,
     language_model_source: str | dict[str, Any],
     vocab_size: int | None,
     gradient_checkpointing: bool,
 ) -> VLM:
-    vision_encoder = None if vision_settings is None else VisionEncoder(**vision_settings)
+    vision_encoder = None
+    if isinstance(vision_settings, str):
+        vision_encoder = VisionEncoder.from_pretrained(vision_settings)
+    elif vision_settings is not None:
+        vision_encoder = VisionEncoder(**vision_settings)
     language_model = build_decoder(language_model_source, vocab_size=vocab_size)
     connector = None
     if vision_encoder is not None:
@@ -100,7 +104,7 @@ def _make_sparse(vlm: VLM, moe: dict[str, Any], seed: int, weights: str | None) 
 
 def _check_same_parts(
     config: dict[str, Any],
-    vision_encoder: dict[str, Any] | None,
+    vision_encoder: str | dict[str, Any] | None,
     connector: str,
     language_model: str | dict[str, Any],
     weights: str,
@@ -112,7 +116,8 @@ def _check_same_parts(
     elif vision_encoder is not None:
         if connector != config["connector"]:
             differences.append(f"connector is {config['connector']!r}, not {connector!r}")
-        differences += _different(config["vision_encoder"], vision_encoder, "vision_encoder")
+        if isinstance(vision_encoder, dict):
+            differences += _different(config["vision_encoder"], vision_encoder, "vision_encoder")
     if isinstance(language_model, dict):
         differences += _different(config["language_model"], language_model, "language_model")
     if differences:

@@ -114,6 +114,18 @@ class VisionEncoder(nn.Module):
         state = {name: tensor.detach().contiguous() for name, tensor in self.vit.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> VisionEncoder:
+        """Rebuild what `save_pretrained` wrote.
+
+        Raises:
+            ValueError: no such folder.
+        """
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"no vision encoder in {folder}: {path.name} is missing; set model.vision_encoder")
+        return cls(**json.loads(path.read_text()), weights=str(folder))
+
     def _load_file(self, weights: str) -> None:
         path = Path(weights)
         path = path / "model.safetensors" if path.is_dir() else path

@@ -1,0 +1,58 @@
+"""A chain of stages: each a run of `experiments.train`, each model the next one's start."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import hydra
+
+from experiments.train import train
+
+
+def run_stages(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Train every stage in its own run folder, one after another; finished ones are passed over.
+
+    Returns:
+        Each stage's ``result.json``, by name.
+    """
+    check_chain(settings["stages"])
+    root = Path(settings["output_root"]) / settings["name"]
+    results = {}
+    for number, stage in enumerate(settings["stages"], start=1):
+        print(f"[{number}/{len(settings['stages'])}] {stage['name']}", flush=True)
+        overrides = stage_overrides(settings, stage)
+        results[stage["name"]] = train(hydra.compose("train", overrides), root / stage["name"], overrides)
+        gc.collect()
+    return results
+
+
+def check_chain(stages: list[dict[str, Any]]) -> None:
+    """Every start must stand before its stage, and names must differ."""
+    seen: list[str] = []
+    for stage in stages:
+        if stage["name"] in seen:
+            raise ValueError(f"two stages are called {stage['name']!r}; rename one in pipeline.stages")
+        if stage.get("start") is not None and stage["start"] not in seen:
+            raise ValueError(
+                f"stage {stage['name']!r} starts from {stage['start']!r}, which is none of the stages before it: {seen}"
+            )
+        seen.append(stage["name"])
+
+
+def stage_overrides(settings: dict[str, Any], stage: dict[str, Any]) -> list[str]:
+    """The command line of one stage, as a person would type it."""
+    root = f"{settings['output_root']}/{settings['name']}"
+    overrides = [
+        f"experiment={stage['experiment']}",
+        f"run_name={settings['name']}/{stage['name']}",
+        f"group={settings['name']}",
+    ]
+    overrides += [f"output_root={settings['output_root']}", f"data_root={settings['data_root']}", *settings["common"]]
+    if stage.get("start") is not None:
+        overrides.append(f"model.weights={root}/{stage['start']}/model")
+    overrides += stage.get("overrides", [])
+    if settings["num_steps"] is not None:
+        overrides.append(f"num_steps={settings['num_steps']}")
+    return overrides

@@ -1,0 +1,123 @@
+"""A run folder explains itself: composed config, environment, result; and it knows whether its run may go on.
+
+``config.yaml`` is written once. The same command again finds it, compares it, and resumes; another config in the same
+folder is refused with a diff, because a curve made of two configs explains nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+NOT_COMPARED = ("logger", "run_dir", "callbacks.progress")
+"""Keys that change how a run is watched, not what it computes."""
+
+PACKAGES = ("torch", "lightning", "transformers", "timm", "hydra-core", "wandb", "webdataset", "numpy")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write through a temporary file, so that a reader or a crash never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, or an empty dict when there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def open_run_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Create or reopen a run folder.
+
+    Returns:
+        What ``result.json`` says: ``{}`` for a new or an interrupted run; a run that is done has status ``finished``.
+
+    Raises:
+        ValueError: the folder belongs to a run with another config; the message holds the differing lines.
+    """
+    text = yaml.safe_dump(_compared(config), sort_keys=True)
+    stored = folder / "config.yaml"
+    if stored.exists():
+        before = yaml.safe_dump(_compared(yaml.safe_load(stored.read_text())), sort_keys=True)
+        if before != text:
+            diff = difflib.unified_diff(
+                before.splitlines(), text.splitlines(), "this folder", "this command", lineterm="", n=0
+            )
+            lines = [line for line in diff if not line.startswith(("---", "+++", "@@"))]
+            raise ValueError(
+                f"{folder} holds a run with another config; choose another run_name, or remove the folder to start "
+                "over. What differs (- that run, + this command):\n" + "\n".join(lines)
+            )
+        return read_json(folder / "result.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "environment.json", environment())
+    temporary = folder / ".config.yaml.tmp"
+    temporary.write_text(yaml.safe_dump(dict(config), sort_keys=True))
+    temporary.replace(stored)
+    return {}
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint with the most steps, a file or (sharded) a folder; None when there is none.
+
+    Checkpoints are published by rename, so whatever has a final name is complete.
+    """
+    found = [path for path in folder.glob("step_*.ckpt") if not path.name.startswith(".")]
+    return max(found, key=lambda path: int(path.stem.removeprefix("step_")), default=None)
+
+
+def environment() -> dict[str, Any]:
+    """Commit, package versions, hardware and command line of this process."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    versions = {name: metadata.version(name) for name in PACKAGES if _installed(name)}
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+    }
+
+
+def commit() -> str:
+    """The git commit of the code, with ``+changes`` when the tree is not clean; ``unknown`` outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = json.loads(json.dumps(config))
+    for path in NOT_COMPARED:
+        *parents, leaf = path.split(".")
+        node: Any = kept
+        for key in parents:
+            node = node.get(key) or {}
+        node.pop(leaf, None)
+    return kept

@@ -1,0 +1,125 @@
+"""The end of a chain: every model evaluated, one explained, all of it on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moevlm.analysis.explain import analyze_folder
+from rich.console import Console
+from rich.table import Table
+
+from experiments.run_folder import read_json, write_json
+from moevlm.analysis.report import write_report
+from moevlm.evaluation.answers import chance_scores, compare_answers
+from moevlm.evaluation.evaluate import evaluate_folder
+
+Scores = dict[str, dict[str, float]]
+
+HEADLINES = {"vqa": "accuracy", "pope": "f1", "descriptions": "chair_i"}
+"""The metric of each benchmark that the closing table shows."""
+
+
+def evaluate_chain(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Evaluate the models that ``evaluate.models`` names, each once; a finished evaluation is read, not run again.
+
+    Returns:
+        ``eval`` (scores by model, benchmark, metric), ``chance`` (the blind model or the majority answer, whichever is
+        higher) and ``comparisons`` (paired bootstrap of the pairs that ``evaluate.compare`` names).
+    """
+    evaluate = settings["evaluate"]
+    if evaluate is None:
+        return {"eval": {}, "chance": {}}
+    options = {
+        key: value for key, value in evaluate.items() if key not in ("models", "blind", "compare", "random_routing")
+    }
+    scores: dict[str, Scores] = {}
+    for name, folder in evaluate["models"].items():
+        scores[name] = evaluate_model(folder, root / "eval" / name, settings["data_root"], options)
+    if evaluate.get("random_routing"):
+        name = evaluate["random_routing"]
+        target = root / "eval" / f"{name}_random_routing"
+        random_options = {**options, "routing": "random"}
+        scores[target.name] = evaluate_model(evaluate["models"][name], target, settings["data_root"], random_options)
+    first = next(iter(evaluate["models"]))
+    chance = chance_scores(root / "eval" / first / "answers")
+    if evaluate.get("blind") is not None:
+        chance = higher_chance(chance, scores[evaluate["blind"]])
+    return {"eval": scores, "chance": chance, "comparisons": compare_chain(evaluate.get("compare", []), root)}
+
+
+def evaluate_model(model: str, target: Path, data_folder: str, options: Mapping[str, Any]) -> Scores:
+    """Scores of one model folder, from ``scores.json`` when this very evaluation was run before."""
+    asked = {"model": model, "model_modified": (Path(model) / "model.safetensors").stat().st_mtime, **options}
+    if read_json(target / "asked.json") == asked:
+        return read_json(target / "scores.json")
+    print(f"evaluating {target.name}", flush=True)
+    scores = evaluate_folder(model, data_folder=data_folder, output_folder=target, **options)
+    write_json(target / "asked.json", asked)
+    return scores
+
+
+def higher_chance(majority: Scores, blind: Scores) -> Scores:
+    """For each benchmark the scores of whichever is better without the image, by the headline metric."""
+    chosen = {}
+    for benchmark, scores in majority.items():
+        metric = HEADLINES.get(benchmark, "")
+        other = blind.get(benchmark, {})
+        is_lower_better = metric.startswith("chair")
+        better = (
+            other.get(metric, 0.0) < scores.get(metric, 0.0)
+            if is_lower_better
+            else other.get(metric, 0.0) > scores.get(metric, 0.0)
+        )
+        chosen[benchmark] = other if metric in other and better else scores
+    return chosen
+
+
+def compare_chain(pairs: Sequence[Sequence[str]], root: Path) -> dict[str, dict[str, Any]]:
+    """Accuracy of model a minus model b on the same questions, with its 95 % interval."""
+    found = {}
+    for model_a, model_b in pairs:
+        answers = [root / "eval" / name / "answers" / "vqa.jsonl" for name in (model_a, model_b)]
+        found[f"{model_a} - {model_b}"] = compare_answers(*answers)._asdict()
+    return found
+
+
+def explain_chain(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """Draw the routing figures of the model that ``analyze.model`` names."""
+    analyze = settings["analyze"]
+    if analyze is None:
+        return {"figures": []}
+    options = {key: value for key, value in analyze.items() if key != "model"}
+    figures = analyze_folder(
+        analyze["model"], data_folder=settings["data_root"], output_folder=root / "figures", **options
+    )
+    return {"figures": [str(figure) for figure in figures]}
+
+
+def report_chain(root: Path, summary: Mapping[str, Any]) -> str:
+    """Write the page and print the closing table.
+
+    Returns:
+        Path of the report.
+    """
+    notes = [
+        f"{pair}: {row['difference']:+.3f} accuracy, 95 % interval [{row['low']:+.3f}, {row['high']:+.3f}], "
+        f"{row['num_rows']} questions"
+        for pair, row in summary.get("comparisons", {}).items()
+    ]
+    table = Table("model", *(f"{benchmark} {metric}" for benchmark, metric in HEADLINES.items()), title=root.name)
+    for name, scores in [*summary["eval"].items(), ("without the image", summary["chance"])]:
+        values = [scores.get(benchmark, {}).get(metric) for benchmark, metric in HEADLINES.items()]
+        table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
+    Console().print(table)
+    report = write_report(
+        root,
+        stages=summary["stages"],
+        evaluation=summary["eval"],
+        chance=summary["chance"],
+        figures=summary["figures"],
+        title=f"moevlm: {root.name}",
+        notes=notes,
+    )
+    return str(report)
