@@ -7,7 +7,6 @@ on the right to the longest, and attention runs causally without a mask: padding
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +17,21 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 PACKED_ATTENTION = "moevlm_packed"
 
 
-@dataclass(eq=False)  # not frozen: FSDP2 copies dataclass arguments field by field
 class PackedSequences:
-    """Where the sequences of a row lie; built once per forward and handed down to every layer."""
+    """Where the sequences of a row lie; built once per forward and handed down to every layer.
 
-    lengths: tuple[int, ...]  # [B]
-    pad_index: Tensor | None  # [B * S] row index of every padded place; padding repeats row 0
-    unpad_index: Tensor | None  # [U] padded place of every row; both None when all lengths are equal
+    Not a dataclass, because FSDP2 would hand a copy to each layer.
+    """
 
-    @classmethod
-    def from_lengths(cls, lengths: tuple[int, ...], device: torch.device) -> PackedSequences:
+    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
+        self.lengths = lengths  # [B]
+        self.device = device
+        self.pad_index: Tensor | None = None  # [B * S] row of every padded place; padding repeats row 0
+        self.unpad_index: Tensor | None = None  # [U] padded place of every row; both None when all lengths are equal
+        self.reached_attention = False
         longest = max(lengths)
         if min(lengths) == longest:
-            return cls(lengths, None, None)
+            return
         pad_index = torch.zeros(len(lengths), longest, dtype=torch.int64)
         unpad_index = torch.empty(sum(lengths), dtype=torch.int64)
         start = 0
@@ -38,7 +39,13 @@ class PackedSequences:
             pad_index[row, :length] = torch.arange(start, start + length)
             unpad_index[start : start + length] = torch.arange(row * longest, row * longest + length)
             start += length
-        return cls(lengths, pad_index.flatten().to(device), unpad_index.to(device))
+        self.pad_index, self.unpad_index = pad_index.flatten().to(device), unpad_index.to(device)
+
+    def block_mask(self) -> Tensor:
+        """[1, 1, U, U] bool, quadratic: for decoders whose layers keep keyword arguments to themselves (StableLM)."""
+        lengths_B = torch.tensor(self.lengths, device=self.device)
+        ids_U = torch.arange(len(self.lengths), device=self.device).repeat_interleave(lengths_B)
+        return (ids_U[:, None] == ids_U).tril()[None, None]
 
     def pad(self, states_1HUD: Tensor) -> Tensor:
         """[1, H, U, d] -> [B, H, S, d]."""
@@ -73,12 +80,14 @@ def packed_attention(
 
     Args:
         query: [1, H, U, d] packed, or [B, H, S, d] in generation; key and value likewise, with fewer heads if grouped.
-        attention_mask: in generation: [B, 1, S, S_total], bool (True attends) or additive; None while packed.
+        attention_mask: [B, 1, S, S_total], bool (True attends) or additive, in generation; otherwise None, or for some
+            decoders the block mask.
         packed_sequences: handed through the decoder's keyword arguments.
         sliding_window: keys further back than this are not seen (Mistral, arXiv:2310.06825).
         softcap: ``c * tanh(scores / c)`` (Gemma 2, arXiv:2408.00118).
     """
     if packed_sequences is not None:
+        packed_sequences.reached_attention = True
         query, key, value = (packed_sequences.pad(states) for states in (query, key, value))
         attention_mask = None
     mask = _window_mask(query, key, attention_mask, sliding_window)

@@ -100,9 +100,12 @@ def _check_packable(config: Any) -> None:
             f"{', '.join(PACKABLE_LAYER_TYPES)} keep packed sequences apart; "
             "set model.language_model to another decoder"
         )
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if model_class is None or not getattr(model_class, "_supports_attention_backend", False):
+    model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    takes_our_attention = model_class is not None and (
+        getattr(model_class, "_supports_attention_backend", False) or model_class._can_set_attn_implementation()
+    )
+    if not takes_our_attention or getattr(model_class, "_is_stateful", False):
         raise ValueError(
-            f"{config.model_type} does not take a registered attention function, so its sequences cannot be packed; "
-            "set model.language_model to another decoder"
+            f"{config.model_type} cannot keep packed sequences apart: it takes no registered attention function, or "
+            "has recurrent layers; set model.language_model to another decoder"
         )

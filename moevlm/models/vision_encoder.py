@@ -168,7 +168,7 @@ def _build_vit(name: str, image_size: int | None, weights: str | None, options: 
         vit = timm.create_model(
             name, pretrained=overlay is not None, pretrained_cfg_overlay=overlay, num_classes=0, **options
         )
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"{error}; timm.list_models('vit*') lists the known names; set model.vision_encoder.name"
         ) from error

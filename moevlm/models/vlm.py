@@ -42,7 +42,7 @@ class VLM(nn.Module):
         self.recorder = RoutingRecorder()
         if gradient_checkpointing:
             # only the non-reentrant kind lets a routing record keep its gradient
-            language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            language_model.activation_checkpointing_enable({"use_reentrant": False})
             if vision_encoder is not None:
                 vision_encoder.gradient_checkpointing = True
 
@@ -98,13 +98,18 @@ class VLM(nn.Module):
         self._check_context(batch)
         inputs = self._embed(batch, view)
         splice = inputs.splice
+        packed = PackedSequences(splice.lengths, splice.position_ids.device)
+        # what this flag says is that keyword arguments reach the attention function
+        hands_down = getattr(self.language_model, "_supports_attention_backend", False)
         with self.recorder.open() as routings:
             hidden_states = self.language_model.get_decoder()(
                 inputs_embeds=inputs.inputs_embeds.unsqueeze(0),
+                attention_mask=None if hands_down else packed.block_mask(),
                 position_ids=splice.position_ids.unsqueeze(0),
                 use_cache=False,
-                packed_sequences=PackedSequences.from_lengths(splice.lengths, splice.position_ids.device),
+                packed_sequences=packed,
             ).last_hidden_state
+        assert packed.reached_attention or not hands_down, "sequences were mixed: attention was not told where they end"
         # a copy, as FSDP2 hangs its backward hook on the output and warns about views
         output = VLMOutput(
             hidden_states.squeeze(0).clone(),

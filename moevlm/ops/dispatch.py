@@ -44,5 +44,5 @@ def combine(rows_MD: Tensor, dispatch: Dispatch, expert_weights_TK: Tensor) -> T
     """
     num_tokens, top_k = expert_weights_TK.shape
     rows_CD = rows_MD.new_zeros(num_tokens * top_k, rows_MD.shape[-1]).index_copy(0, dispatch.choices, rows_MD)
-    weighted_TKD = rows_CD.view(num_tokens, top_k, -1).float() * expert_weights_TK.float().unsqueeze(-1)
+    weighted_TKD = rows_CD.view(num_tokens, top_k, rows_MD.shape[-1]).float() * expert_weights_TK.float().unsqueeze(-1)
     return weighted_TKD.sum(dim=1).to(rows_MD.dtype)
