@@ -1,0 +1,91 @@
+"""Made-up records, images, shards and processors for the tests of data and preprocessing."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from moevlm.data.records import read_records
+from moevlm.data.shards import write_shards
+from moevlm.preprocessing.images import ImageTransform
+from moevlm.preprocessing.processor import Processor
+from moevlm.preprocessing.tokenizer_training import train_tokenizer
+
+WORDS = "What is in the picture? A red circle and a blue square on grass. USER: ASSISTANT: user assistant system"
+
+
+def image_bytes(value: int = 0, size: tuple[int, int] = (12, 8), image_format: str = "PNG", mode: str = "RGB") -> bytes:
+    """An encoded one-colour image."""
+    buffer = io.BytesIO()
+    colour = value if mode in ("L", "P") else (value % 256, 40, 200) + ((9,) if mode in ("CMYK", "RGBA") else ())
+    Image.new(mode, size, colour).save(buffer, image_format)
+    return buffer.getvalue()
+
+
+def png_of(array: np.ndarray) -> bytes:
+    """A PNG of the given pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def conversation(*texts: str) -> list[dict[str, str]]:
+    """LLaVA turns, human first."""
+    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+
+
+def llava_record(number: int, **changes: Any) -> dict[str, Any]:
+    """One record about one image; every fifth is text alone."""
+    if number % 5 == 4:
+        return {"id": f"s{number:04d}", "conversations": conversation("Say a number.", f"It is {number}."), **changes}
+    turns = conversation("<image>\nWhat is in the picture?", f"A red circle {number}.")
+    return {"id": f"s{number:04d}", "image": f"{number}.png", "conversations": turns, "kind": "count", **changes}
+
+
+def preference_record(number: int) -> dict[str, Any]:
+    """One preference pair."""
+    question = "<image>\nWhat is in the picture?"
+    return {
+        "id": f"p{number:04d}",
+        "image": f"{number}.png",
+        "chosen": conversation(question, f"A red circle {number}."),
+        "rejected": conversation(question, f"A blue square {number} on grass."),
+    }
+
+
+def write_llava(folder: Path, records: Sequence[Any], *, name: str = "records.json") -> tuple[Path, Path]:
+    """A record file and its image folder, with an image of its own for every record that names one."""
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    for number, record in enumerate(records):
+        names = record.get("image") if isinstance(record, dict) else None
+        for image in [names] if isinstance(names, str) else names or []:
+            if not (images / image).exists():
+                (images / image).write_bytes(image_bytes(number))
+    (folder / name).write_text(json.dumps(list(records)))
+    return folder / name, images
+
+
+def make_shards(folder: Path, records: Sequence[Any], *, samples_per_shard: int = 7, **options: Any) -> Path:
+    """Shards of the given records in ``folder/shards``."""
+    json_file, images = write_llava(folder, records)
+    write_shards(read_records(json_file, images), folder / "shards", samples_per_shard=samples_per_shard, **options)
+    return folder / "shards"
+
+
+@functools.cache
+def small_tokenizer() -> Any:
+    """A byte-level BPE tokenizer with ChatML tokens and template."""
+    return train_tokenizer([WORDS] * 20, vocabulary_size=330)
+
+
+def small_processor(chat_template: str = "chatml", **options: Any) -> Processor:
+    """A processor of 8-pixel images."""
+    return Processor(small_tokenizer(), chat_template, ImageTransform(8), **options)
