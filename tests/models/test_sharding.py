@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from transformers import DynamicCache
 
 from moevlm.batch import VLMBatch, VLMOutput
 from moevlm.losses.moe import load_balancing_loss
@@ -99,16 +100,20 @@ def bfloat16_dtypes(mesh: Any, rank: int) -> dict[str, torch.dtype]:
 
 
 def generation_entry(mesh: Any) -> torch.Tensor:
-    """A teacher-like model through embed and decode, twice, without gradient."""
-    vlm = shard(tiny_vlm(MOE).eval().requires_grad_(False), mesh["data_parallel"])
-    with torch.no_grad():
-        for _ in range(2):
-            embeds = vlm.embed(BATCHES[0]).inputs_embeds[None, :5]
-            positions = torch.arange(5)[None]
-            hidden = vlm.decode(
-                embeds, attention_mask=None, position_ids=positions, past_key_values=None, token_mask=None
-            )
-    return vlm.head.logits(hidden[0])
+    """A teacher-like model, without gradient."""
+    return decode_twice(shard(tiny_vlm(MOE).eval().requires_grad_(False), mesh["data_parallel"]))
+
+
+@torch.no_grad()
+def decode_twice(vlm: VLM) -> torch.Tensor:
+    """Logits of a prompt's next token, and of the one after."""
+    embeds = vlm.embed(BATCHES[0]).inputs_embeds[None, :5]
+    cache = DynamicCache()
+    options: dict[str, Any] = {"attention_mask": None, "past_key_values": cache, "token_mask": None}
+    first = vlm.decode(embeds, position_ids=torch.arange(5)[None], **options)[0, -1:]
+    token = vlm.head.logits(first).argmax(dim=-1)
+    second = vlm.decode(vlm.embed_tokens(token)[None], position_ids=torch.tensor([[5]]), **options)[0]
+    return vlm.head.logits(torch.cat([first, second]))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +122,9 @@ def results(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(port, str(folder)), nprocs=WORLD_SIZE)
+    # forking saves the imports, most of the time; autograd's device threads do not survive it
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    mp.start_processes(run_rank, args=(port, str(folder)), nprocs=WORLD_SIZE, start_method=method)
     return {**torch.load(folder / "results.pt"), "folder": folder}
 
 
@@ -146,12 +153,7 @@ def test_bfloat16_computation_leaves_routers_and_stored_weights_in_float32(resul
 
 
 def test_generation_enters_a_sharded_model_past_its_forward(results):
-    vlm = tiny_vlm(MOE).eval()
-    embeds = vlm.embed(BATCHES[0]).inputs_embeds[None, :5]
-    hidden = vlm.decode(
-        embeds, attention_mask=None, position_ids=torch.arange(5)[None], past_key_values=None, token_mask=None
-    )
-    torch.testing.assert_close(results["generation"], vlm.head.logits(hidden[0]))
+    torch.testing.assert_close(results["generation"], decode_twice(tiny_vlm(MOE).eval()))
 
 
 def test_a_sharded_model_saves_the_same_folder(results):
