@@ -41,8 +41,9 @@ class VLM(nn.Module):
         self.language_model = language_model
         self.recorder = RoutingRecorder()
         if gradient_checkpointing:
-            # only the non-reentrant kind lets a routing record keep its gradient
-            language_model.activation_checkpointing_enable({"use_reentrant": False})
+            # only the non-reentrant kind lets a routing record keep its gradient; newer transformers renamed the method
+            enable = getattr(language_model, "activation_checkpointing_enable", None)
+            (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
             if vision_encoder is not None:
                 vision_encoder.gradient_checkpointing = True
 

@@ -195,9 +195,10 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 def test_reentrant_checkpointing_is_refused():
     vlm = tiny_vlm(MOE)
-    vlm.language_model.activation_checkpointing_enable({"use_reentrant": True})
+    vlm.language_model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(RuntimeError, match="lost its gradient"):
         vlm(tiny_batch())
 
