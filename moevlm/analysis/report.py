@@ -11,12 +11,13 @@ from typing import Any
 
 Scores = Mapping[str, Mapping[str, float]]
 
-HEADLINES: dict[str, tuple[str, ...]] = {
-    "vqa": ("accuracy", "accuracy_open", "accuracy_closed", "accuracy_phrasing_heldout", "perplexity"),
-    "pope": ("f1", "accuracy", "precision", "recall", "yes_ratio"),
-    "chair": ("chair_i", "chair_s", "recall", "mean_words"),
-}
-"""Metrics that come first in a benchmark's table, by the prefix of its metrics; the rest follow folded."""
+HEADLINES: tuple[tuple[str, ...], ...] = (
+    ("f1", "accuracy", "precision", "recall", "yes_ratio", "unparsable_fraction"),
+    ("chair_i", "chair_s", "recall", "mean_words", "perplexity"),
+    ("word_f1", "mean_words", "perplexity"),
+    ("accuracy", "accuracy_open", "accuracy_closed", "accuracy_phrasing_heldout", "perplexity"),
+)
+"""What a benchmark's table shows, the rest is folded away: the first of these whose first metric the benchmark has."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -87,7 +88,7 @@ def _benchmark_tables(evaluation: Mapping[str, Scores], chance: Scores) -> dict[
 def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
     """Headline metrics and the others, as they occur."""
     metrics = list(dict.fromkeys(key for row in rows for key in row if key != "model"))
-    known = next((names for names in HEADLINES.values() if names[0] in metrics), None)
+    known = next((names for names in HEADLINES if names[0] in metrics), None)
     headline = [name for name in known if name in metrics] if known else metrics[:6]
     return headline, [name for name in metrics if name not in headline]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moevlm.data.image_folders import find_image_folder
 from moevlm.data.records import RecordFile, load_json_records
 from moevlm.evaluation.answers import SCORERS, Extractor
 from moevlm.world.ground_truth import mentioned_categories
@@ -49,7 +50,9 @@ class Benchmark:
             raise ValueError(f"benchmark {self.name} needs `extract`, the objects named in a text, for scorer chair")
 
     def select(self, *, limit: int | None = None) -> list[tuple[str, RecordFile, int]]:
-        """(split, file, number) of all records, or of `limit` drawn evenly over splits, the same ones every time.
+        """(split, file, number) of all records, or of `limit` of them, the same ones every time.
+
+        A limit is shared evenly by splits, and in each in proportion by kinds, and by POPE's yes and no.
 
         Raises:
             ValueError: limit is less than 1.
@@ -60,9 +63,22 @@ class Benchmark:
         for index, (split, path) in enumerate(self.files.items()):
             file = RecordFile(path, self.image_folder, verify=False)  # the processor decodes every image anyway
             share = len(file) if limit is None else min((limit + index) // len(self.files), len(file))
-            numbers = random.Random(f"{self.name}/{split}").sample(range(len(file)), share)
+            numbers = self._spread(file, random.Random(f"{self.name}/{split}"))[:share]
             chosen.extend((split, file, number) for number in sorted(numbers))
         return chosen
+
+    def _spread(self, file: RecordFile, rng: random.Random) -> list[int]:
+        """All numbers of a file in a random order whose every beginning has kinds (and yes and no) in proportion."""
+        strata: dict[str, list[int]] = {}
+        for number, values in enumerate(file.values):
+            turns = values.get("conversations") if isinstance(values, dict) else None
+            name = [values.get("kind")] if isinstance(values, dict) else []
+            strata.setdefault(str([*name, turns[-1] if turns and self.scorer == "pope" else None]), []).append(number)
+        places = []
+        for members in strata.values():
+            rng.shuffle(members)
+            places += [((rank + rng.random()) / len(members), number) for rank, number in enumerate(members)]
+        return [number for _, number in sorted(places)]
 
 
 def find_benchmarks(
@@ -132,7 +148,7 @@ def _make(
     if scorer == "chair" and extract is None:
         objects = {item for record in records for item in record["objects"]}
         extract = mentioned_categories if objects <= set(CATEGORIES) else vocabulary_extractor(sorted(objects))
-    images = Path(image_folder) if image_folder is not None else _find_images(folder, records)
+    images = Path(image_folder) if image_folder is not None else find_image_folder(folder, records)
     return Benchmark(name, dict(files), images, scorer, lengths[scorer], extract)
 
 
@@ -143,12 +159,3 @@ def _choose_scorer(name: str, records: Sequence[Mapping[str, Any]]) -> str:
         return "chair"
     kinds = {record.get("kind") for record in records}
     return "overlap" if kinds and kinds <= {"caption", "description"} else "vqa"
-
-
-def _find_images(folder: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    for record in records:
-        image = record.get("image")
-        first = image[0] if isinstance(image, list) and image else image
-        if isinstance(first, str):
-            return folder / "images" if (folder / "images" / first).is_file() else folder
-    return folder

@@ -199,11 +199,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def headline(scores: Scores) -> Iterator[tuple[str, str, float, int]]:
-    """(benchmark, metric, value, rows) of the first metrics of each benchmark, for a table."""
+    """(benchmark, metric, value, rows) of the metrics that belong into a short table; `scores` has all of them."""
+    of_pope_splits = ("precision_", "recall_", "yes_ratio_", "unparsable_fraction_")
+    details = ("num_", "distance_", "gold_nll", "accuracy_kind_", *of_pope_splits)
     for name, metrics in scores.items():
-        shown = [key for key in metrics if not key.startswith(("num_", "distance_")) and "_kind_" not in key]
-        for key in shown:
-            yield name, key, metrics[key], int(metrics.get("num_rows", 0))
+        for metric, value in metrics.items():
+            if not metric.startswith(details):
+                yield name, metric, value, int(metrics.get("num_rows", 0))
 
 
 def _describe(benchmark: Benchmark) -> dict[str, Any]:

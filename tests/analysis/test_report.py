@@ -38,6 +38,14 @@ def test_the_report_holds_tables_and_embedded_figures(tmp_path: Path) -> None:
     assert "| sparse | 0.712 |" in markdown
 
 
+def test_each_kind_of_benchmark_shows_its_own_headlines(tmp_path: Path) -> None:
+    scores = {"m": {"pope": {"accuracy": 0.5, "f1": 0.6, "f1_random": 0.7}, "vqa": {"accuracy": 0.5, "num_rows": 3}}}
+    write_report(tmp_path, stages=[], evaluation=scores, chance={}, figures=[])
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert "| model | f1 | accuracy |" in lines
+    assert "| model | accuracy |" in lines
+
+
 def test_an_empty_report_is_a_page_still(tmp_path: Path) -> None:
     page = write_report(tmp_path, stages=[], evaluation={}, chance={}, figures=[])
     assert "<h1>" in page.read_text()

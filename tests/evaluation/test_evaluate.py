@@ -176,6 +176,15 @@ def test_a_limit_takes_the_same_records_evenly_over_splits(world: Path) -> None:
     assert chosen == [(split, number) for split, _, number in benchmark.select(limit=7)]
 
 
+def test_a_limit_keeps_kinds_and_answers_in_proportion(world: Path) -> None:
+    (pope,) = find_benchmarks(world, ["pope"])
+    golds = [file.values[number]["conversations"][-1]["value"] for _, file, number in pope.select(limit=24)]
+    assert 10 <= golds.count("yes") <= 14
+    (vqa,) = find_benchmarks(world, ["vqa"])
+    kinds = [file.values[number]["kind"] for _, file, number in vqa.select(limit=8)]
+    assert len(set(kinds)) >= 6
+
+
 def test_objects_are_found_by_whole_words_longest_first() -> None:
     extract = vocabulary_extractor(["dog", "hot dog", "bus"])
     assert extract("A hot dog by two Buses, dogmatic") == ["bus", "hot dog"]

@@ -1,0 +1,31 @@
+"""Draw what the routers of a sparse model do: expert load, modalities, token pathways.
+
+python -m experiments.analyze_routing model_folder=outputs/demo/moe_tuning data_folder=outputs/world
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from experiments.evaluate import find_model
+from experiments.instantiate import plain
+from experiments.program import program
+from moevlm.analysis.explain import analyze_folder
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="analyze_routing")
+@program
+def main(cfg: DictConfig) -> None:
+    settings = plain(cfg)
+    model = find_model(settings.pop("model_folder"))
+    output = Path(settings.pop("output_folder") or model.parent / "figures")
+    for figure in analyze_folder(model, output_folder=output, **settings):
+        print(f"wrote {figure}")
+    print(f"wrote {output / 'routing.json'}")
+
+
+if __name__ == "__main__":
+    main()
