@@ -291,6 +291,16 @@ def test_a_model_in_bfloat16_keeps_its_routers_in_float32():
     assert output.routings[0].router_logits.dtype == torch.float32
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autocast_runs_close_to_float32_with_float32_routing(checkpointing):
+    vlm = tiny_vlm({**MOE, "top_k": 4}, gradient_checkpointing=checkpointing)  # with every expert no choice can flip
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = vlm(tiny_batch())
+    output.hidden_states.float().sum().backward()
+    assert output.routings[1].router_probs.dtype == torch.float32
+    torch.testing.assert_close(output.hidden_states.float(), vlm(tiny_batch()).hidden_states, rtol=0.1, atol=0.1)
+
+
 def test_keeping_the_cls_token_adds_one_visual_token():
     vlm = tiny_vlm(vision=tiny_vision_config(keep_cls=True))
     assert vlm.num_visual_tokens == tiny_vlm().num_visual_tokens + 1
