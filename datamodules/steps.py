@@ -162,6 +162,13 @@ class StepLoader:
     def __len__(self) -> int:
         return self.num_steps
 
+    def state_dict(self) -> dict[str, int]:
+        """Nothing that `start` does not know; a loader with this method is one that Lightning takes as resumable."""
+        return {"num_steps": self.num_steps}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Nothing to restore: the position is the optimizer's."""
+
     def __iter__(self) -> Iterator[list[VLMBatch]]:
         remaining = self.num_steps - self.start()
         for step in self.loader:

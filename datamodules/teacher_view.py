@@ -17,10 +17,11 @@ def add_teacher_view(processor: Processor, teacher: Processor | None) -> Process
     if teacher is None:
         return processor
     teacher_ids = teacher.tokenizer.get_vocab()
+    teacher_tokens = {number: token for token, number in teacher_ids.items()}
     for token, number in processor.tokenizer.get_vocab().items():
-        if teacher_ids.get(token, number) != number:
+        if teacher_ids.get(token, number) != number or teacher_tokens.get(number, token) != token:
             raise ValueError(
-                f"token {token!r} is {number} for the student and {teacher_ids[token]} for the teacher; "
+                f"the student's token {number} is {token!r}, the teacher's is {teacher_tokens.get(number)!r}; "
                 "choose a teacher of the same tokenizer family"
             )
     if teacher.image_transform == processor.image_transform:

@@ -66,7 +66,7 @@ def write_llava(folder: Path, records: Sequence[Any], *, name: str = "records.js
     images.mkdir(parents=True, exist_ok=True)
     for number, record in enumerate(records):
         names = record.get("image") if isinstance(record, dict) else None
-        for image in [names] if isinstance(names, str) else names or []:
+        for image in [names] if isinstance(names, str) else names if isinstance(names, list) else []:
             if not (images / image).exists():
                 (images / image).write_bytes(image_bytes(number))
     (folder / name).write_text(json.dumps(list(records)))

@@ -108,12 +108,12 @@ def test_the_token_hash_depends_on_tokenizer_and_template_only() -> None:
 
 def test_a_tokenizer_folder_without_processor_settings_asks_for_them(tmp_path: Path) -> None:
     small_tokenizer().save_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="processor.chat_template must be set"):
+    with pytest.raises(ValueError, match=r"processor.chat_template must be set"):
         build_processor(str(tmp_path))
 
 
 def test_a_missing_tokenizer_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="set processor.tokenizer") as caught:
+    with pytest.raises(ValueError, match=r"set processor.tokenizer") as caught:
         build_processor(str(tmp_path / "nowhere"), "chatml", {"image_size": 8})
     assert "\n" not in str(caught.value)
 

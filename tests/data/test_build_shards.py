@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.build_shards import shard_records
+from moevlm.data.reader import IndexedShards
+from tests.samples import llava_record, write_llava
+
+
+def run(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "experiments.build_shards", *overrides]
+    return subprocess.run(command, cwd=cwd, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
+
+
+def test_the_program_writes_shards_and_says_what_it_rejected(tmp_path: Path) -> None:
+    write_llava(tmp_path, [*(llava_record(number) for number in range(6)), {"id": "bad"}])
+    done = run(
+        "json=records.json",
+        "image_folder=images",
+        "output=out",
+        "max_rejected_fraction=0.5",
+        "source=test",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "6 samples in 1 shards" in done.stdout
+    assert "1 records rejected (no_turns 1); names in out/rejected.jsonl" in done.stdout
+    assert "100%" in done.stderr
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"] == "test"
+    assert len(IndexedShards(tmp_path / "out")) == 6
+    assert {path.name for path in tmp_path.iterdir()} == {"records.json", "images", "out"}
+
+
+def test_the_program_ends_in_one_clear_line_past_the_limit(tmp_path: Path) -> None:
+    write_llava(tmp_path, [llava_record(0), llava_record(1)])
+    (tmp_path / "images" / "0.png").unlink()
+    done = run("json=records.json", "image_folder=images", "output=out", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "1 of 2 records were rejected (missing_image 1)" in line
+    assert "raise max_rejected_fraction" in line
+
+
+def test_other_programs_shard_records_through_the_same_function(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    json_file, images = write_llava(tmp_path, [llava_record(0)])
+    manifest = shard_records(json_file, images, tmp_path / "out", source="made up", licence="CC0-1.0")
+    assert manifest["num_samples"] == 1
+    assert "1 samples in 1 shards" in capsys.readouterr().out
