@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-USER_ERRORS = (ValueError, OSError, KeyError, OmegaConfBaseException)
+USER_ERRORS = (ValueError, OSError, OmegaConfBaseException)
 """What a config or data can cause. Anything else is a defect of ours and keeps its traceback."""
 
 

@@ -6,23 +6,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moevlm.analysis.explain import analyze_folder
 from rich.console import Console
 from rich.table import Table
 
 from experiments.run_folder import read_json, write_json
+from moevlm.analysis.explain import analyze_folder
 from moevlm.analysis.report import write_report
 from moevlm.evaluation.answers import chance_scores, compare_answers
 from moevlm.evaluation.evaluate import evaluate_folder
 
 Scores = dict[str, dict[str, float]]
 
-HEADLINES = {"vqa": "accuracy", "pope": "f1", "descriptions": "chair_i"}
-"""The metric of each benchmark that the closing table shows."""
+HEADLINES = {"vqa": "accuracy", "pope": "accuracy", "descriptions": "chair_i"}
+"""The metric of each benchmark that decides which answer without the image is the better one."""
+
+COLUMNS = (("vqa", "accuracy"), ("pope", "accuracy"), ("descriptions", "chair_i"), ("descriptions", "recall"))
+"""What the closing table shows."""
+
+CHAIN_KEYS = ("models", "folders", "blind", "compare", "random_routing")
+"""Keys of ``evaluate`` that say what is evaluated; the others are arguments of `evaluate_folder`."""
 
 
 def evaluate_chain(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Evaluate the models that ``evaluate.models`` names, each once; a finished evaluation is read, not run again.
+    """Evaluate the stages and folders that ``evaluate`` names, each once; a finished evaluation is read, not run again.
 
     Returns:
         ``eval`` (scores by model, benchmark, metric), ``chance`` (the blind model or the majority answer, whichever is
@@ -31,18 +37,17 @@ def evaluate_chain(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
     evaluate = settings["evaluate"]
     if evaluate is None:
         return {"eval": {}, "chance": {}}
-    options = {
-        key: value for key, value in evaluate.items() if key not in ("models", "blind", "compare", "random_routing")
-    }
+    options = {key: value for key, value in evaluate.items() if key not in CHAIN_KEYS}
     scores: dict[str, Scores] = {}
-    for name, folder in evaluate["models"].items():
+    models = {name: str(root / name / "model") for name in evaluate["models"]} | evaluate.get("folders", {})
+    for name, folder in models.items():
         scores[name] = evaluate_model(folder, root / "eval" / name, settings["data_root"], options)
     if evaluate.get("random_routing"):
         name = evaluate["random_routing"]
         target = root / "eval" / f"{name}_random_routing"
         random_options = {**options, "routing": "random"}
-        scores[target.name] = evaluate_model(evaluate["models"][name], target, settings["data_root"], random_options)
-    first = next(iter(evaluate["models"]))
+        scores[target.name] = evaluate_model(models[name], target, settings["data_root"], random_options)
+    first = next(iter(models))
     chance = chance_scores(root / "eval" / first / "answers")
     if evaluate.get("blind") is not None:
         chance = higher_chance(chance, scores[evaluate["blind"]])
@@ -86,14 +91,13 @@ def compare_chain(pairs: Sequence[Sequence[str]], root: Path) -> dict[str, dict[
 
 
 def explain_chain(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Draw the routing figures of the model that ``analyze.model`` names."""
+    """Draw the routing figures of the model that ``analyze.stage`` names."""
     analyze = settings["analyze"]
     if analyze is None:
         return {"figures": []}
-    options = {key: value for key, value in analyze.items() if key != "model"}
-    figures = analyze_folder(
-        analyze["model"], data_folder=settings["data_root"], output_folder=root / "figures", **options
-    )
+    options = {key: value for key, value in analyze.items() if key != "stage"}
+    model, target = root / analyze["stage"] / "model", root / "figures"
+    figures = analyze_folder(model, data_folder=settings["data_root"], output_folder=target, **options)
     return {"figures": [str(figure) for figure in figures]}
 
 
@@ -108,9 +112,9 @@ def report_chain(root: Path, summary: Mapping[str, Any]) -> str:
         f"{row['num_rows']} questions"
         for pair, row in summary.get("comparisons", {}).items()
     ]
-    table = Table("model", *(f"{benchmark} {metric}" for benchmark, metric in HEADLINES.items()), title=root.name)
+    table = Table("model", *(f"{benchmark} {metric}" for benchmark, metric in COLUMNS), title=root.name)
     for name, scores in [*summary["eval"].items(), ("without the image", summary["chance"])]:
-        values = [scores.get(benchmark, {}).get(metric) for benchmark, metric in HEADLINES.items()]
+        values = [scores.get(benchmark, {}).get(metric) for benchmark, metric in COLUMNS]
         table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
     Console().print(table)
     report = write_report(
