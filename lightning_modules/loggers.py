@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -20,8 +21,8 @@ class JsonlLogger(Logger):
     Values keep every digit, so that two runs can be compared bit by bit. A killed run loses nothing but a torn last
     line, which the next row replaces. Only rank zero writes.
 
-    The step is Lightning's: a training row's step is the number of optimizer steps before its own (0 for the first),
-    a validation row's the number of steps done.
+    The step is Lightning's: the number of optimizer steps before the one that a row belongs to, so 0 for the first; a
+    validation in training has the step that it follows, and `Trainer.validate` the number of steps done.
     """
 
     def __init__(self, folder: str, file_name: str = "metrics.jsonl") -> None:
@@ -64,12 +65,12 @@ class JsonlLogger(Logger):
     def drop_rows_after(self, num_steps: int) -> None:
         """Remove what a resumed run is about to log again: it goes on from a checkpoint after `num_steps` steps.
 
-        A stage calls this when training starts. Rows of the steps before the checkpoint stay, and so do validation rows
-        up to and including it.
+        A stage calls this when training starts. Rows stand in the order in which they were written, so everything from
+        the first row behind the checkpoint on goes.
         """
         if not self._path.exists():
             return
-        kept = [row for row in read_rows(self._path) if not _is_after(row, num_steps)]
+        kept = list(itertools.takewhile(lambda row: not _is_after(row, num_steps), read_rows(self._path)))
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         with temporary.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)

@@ -25,9 +25,9 @@ class RoutingMonitor(Callback):
     Every `every_n_steps` training steps, per MoE layer: ``train/max_over_mean_load/layer_03`` (1 is even, E is
     collapse), ``train/router_entropy/layer_03`` (nats) and ``train/dropped_fraction/layer_03``. At validation:
     ``moe/load/layer_03/expert_01`` and ``moe/importance/...`` (each sums to 1 per layer),
-    ``moe/load_by_modality/image/...`` and ``.../text/...``, ``moe/entropy/layer_03``, ``moe/dropped_fraction/layer_03``,
-    and a layers-by-experts heat map of the load in W&B where that logger is present. Counts are summed over ranks
-    before any ratio is taken.
+    ``moe/load_by_modality/image/...`` and ``.../text/...``, ``moe/entropy/layer_03``,
+    ``moe/dropped_fraction/layer_03``, and a layers-by-experts heat map of the load in W&B where that logger is present.
+    Counts are summed over ranks before any ratio is taken.
     """
 
     def __init__(self, every_n_steps: int = 1) -> None:

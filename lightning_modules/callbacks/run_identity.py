@@ -31,6 +31,6 @@ class RunIdentity(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._identity and state_dict and state_dict["id"] != self._identity["id"]:
             rank_zero_warn(
-                f"this checkpoint was written by W&B run {state_dict['id']} of group {state_dict['group']}, and goes on "
-                f"as {self._identity['id']}; set logger.wandb.id={state_dict['id']} to continue its curves"
+                f"this checkpoint was written by W&B run {state_dict['id']} of group {state_dict['group']}, and goes "
+                f"on as {self._identity['id']}; set logger.wandb.id={state_dict['id']} to continue its curves"
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lightning_modules.mimic_distillation import MimicDistillation
 from lightning_modules.moe_tuning import MoETuning
 from lightning_modules.preference_distillation import PreferenceDistillation
 from moevlm.batch import VLMBatch
+from moevlm.models.upcycling import upcycle
 from moevlm.models.vlm import VLM
 from tests.tiny import tiny_batch, tiny_decoder_config, tiny_vlm
 
@@ -27,12 +29,15 @@ SHAPE = {"num_hidden_layers": 2}
 
 
 def build_dense(seed: int = 0, **changes: Any) -> VLM:
-    return tiny_vlm(seed=seed, language_model=tiny_decoder_config(**SHAPE, **changes))
+    """Embeddings and head are large enough to say something while they are frozen."""
+    vlm = tiny_vlm(seed=seed, language_model=tiny_decoder_config(**SHAPE, **changes))
+    vlm.language_model.get_output_embeddings().weight.data *= 20
+    return vlm
 
 
 def build_sparse(seed: int = 0, **changes: Any) -> VLM:
     """Experts are moved apart, so that a step depends on the routing."""
-    vlm = tiny_vlm(MOE, seed=seed, language_model=tiny_decoder_config(**SHAPE, **changes))
+    vlm = upcycle(build_dense(seed, **changes), **MOE)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in vlm.moe_layers.values():
@@ -55,9 +60,31 @@ STAGES: dict[str, Any] = {
     ),
 }
 
+RANK_CASES: dict[str, Any] = {
+    **STAGES,
+    "untied_head_and_vision": partial(
+        InstructionTuning,
+        partial(build_dense, tie_word_embeddings=False),
+        trainable=["connector", "language_model", "vision_encoder"],
+    ),
+    "kto_against_self": partial(PreferenceDistillation, build_sparse, reference="self", loss="kto"),
+    "adversarial_routing": partial(MoETuning, lambda: build_adversarial()),
+}
+"""What `test_ranks.py` compares with a single process."""
+
+
+def build_adversarial() -> VLM:
+    """Its first MoE layer sends tokens with ids below 128 to the first of two experts, the others to the second."""
+    vlm = tiny_vlm({**MOE, "num_experts": 2, "top_k": 1}, language_model=tiny_decoder_config(**SHAPE))
+    with torch.no_grad():
+        sign = torch.where(torch.arange(vlm.language_model.config.vocab_size) < 128, 1.0, -1.0)
+        vlm.language_model.get_input_embeddings().weight[:, 0] = 5 * sign
+        vlm.moe_layers[0].router.weight[:, 0] = torch.tensor([1.0, -1.0])
+    return vlm
+
 
 def make_stage(name: str, optimizer: Any = adamw, **changes: Any) -> VLMStage:
-    stage = STAGES[name](optimizer=optimizer, **changes)
+    stage = RANK_CASES[name](optimizer=optimizer, **changes)
     assert isinstance(stage, VLMStage)
     return stage
 
@@ -88,36 +115,60 @@ def quiet_trainer(folder: Path | None = None, **options: Any) -> lightning.Train
     return lightning.Trainer(**{**defaults, **options})
 
 
-class Steps(torch.utils.data.Dataset):
-    """A loader's data: one item is one optimizer step."""
-
-    def __init__(self, steps: Sequence[Any], start: int = 0) -> None:
-        self.steps, self.start = steps, start
-
-    def __len__(self) -> int:
-        return len(self.steps) - self.start
-
-    def __getitem__(self, index: int) -> Any:
-        return self.steps[self.start + index]
-
-
-def loader(steps: Sequence[Any], start: int = 0) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(Steps(steps, start), batch_size=None)
+def loader(items: Sequence[Any]) -> torch.utils.data.DataLoader:
+    """One item is one optimizer step (or one validation batch)."""
+    return torch.utils.data.DataLoader(list(items), batch_size=None, shuffle=False)  # type: ignore[arg-type]
 
 
 def fit(stage: lightning.LightningModule, steps: Sequence[Any], **options: Any) -> lightning.Trainer:
-    """One optimizer step for each item of `steps`; `val` holds validation items."""
-    val, folder, ckpt_path = options.pop("val", None), options.pop("folder", None), options.pop("ckpt_path", None)
-    start = options.pop("start", 0)
-    trainer = quiet_trainer(folder, **{"max_steps": len(steps), **options})
-    trainer.fit(stage, loader(steps, start), None if val is None else loader(val), ckpt_path=ckpt_path)
+    """One optimizer step for each item of `steps`.
+
+    `val` holds validation items. With `ckpt_path` the run goes on after `done` steps: the loader begins behind them,
+    and is as long as before (Lightning counts on where it was).
+    """
+    val, ckpt_path, done = options.pop("val", None), options.pop("ckpt_path", None), options.pop("done", 0)
+    trainer = quiet_trainer(**{"max_steps": len(steps), **options})
+    items = [*steps[done:], *steps[:done]]
+    trainer.fit(stage, loader(items), None if val is None else loader(val), ckpt_path=ckpt_path)
     return trainer
 
 
 def parameters_of(stage: VLMStage) -> dict[str, Tensor]:
+    """Copies of the model's parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in stage.model.named_parameters()}
 
 
-def cycle(items: Sequence[Any], length: int) -> Iterator[Any]:
-    for index in range(length):
-        yield items[index % len(items)]
+def initial_parameters(name: str) -> dict[str, Tensor]:
+    """The parameters that `make_stage(name)` starts from."""
+    return {key: parameter.detach() for key, parameter in RANK_CASES[name].args[0]().named_parameters()}
+
+
+def rank_steps(rank: int | None, name: str = "") -> list[list[VLMBatch]]:
+    """Two optimizer steps of one rank of two, or with None those of a single process: the same micro-batches.
+
+    The ranks differ as much as they may: in the first step only the first has images, and the second's last micro-batch
+    has no label.
+    """
+    image, text, unlabelled = ("siqqaaaa", "siqqaa"), ("sqqqqqqa", "sqqqa"), ("sqqqqq", "sqqq")
+    letters = [[[image, text], [text, unlabelled]], [[text, image], [image, text]]]  # step, rank, micro-batch
+    if name == "adversarial_routing":
+        letters = [[[text, text], [text, text]]] * 2
+    steps = []
+    for index, step in enumerate(letters):
+        ranks = [
+            [
+                _rank_batch(letters, 1000 * index + 100 * number + 10 * micro, number, name)
+                for micro, letters in enumerate(row)
+            ]
+            for number, row in enumerate(step)
+        ]
+        steps.append([*ranks[0], *ranks[1]] if rank is None else ranks[rank])
+    return steps
+
+
+def _rank_batch(letters: Sequence[str], content_seed: int, rank: int, name: str) -> VLMBatch:
+    if name != "adversarial_routing":
+        return tiny_batch(letters, pairs=True, content_seed=content_seed)
+    batch = tiny_batch(letters, pairs=True, content_seed=content_seed, vocab_size=128)
+    labels = torch.where(batch.labels >= 0, batch.labels + 128 * rank, batch.labels)
+    return dataclasses.replace(batch, input_ids=batch.input_ids + 128 * rank, labels=labels)

@@ -1,0 +1,73 @@
+"""What one rank of `test_ranks.py` runs: every case takes two steps under DDP and under FSDP2.
+
+    python -m tests.lightning_modules.rank_worker FOLDER   (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_* in the environment)
+
+The first rank writes the parameters after the steps, and what was logged, to FOLDER/<strategy>_<case>.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.tensor import DTensor
+
+from lightning_modules.callbacks.routing_monitor import RoutingMonitor
+from lightning_modules.strategies import ShardedStrategy
+from tests.lightning_modules.runs import RANK_CASES, fit, make_batch, make_stage, rank_steps, sgd
+
+
+def main(folder: Path) -> None:
+    """Run all cases; DDP first, since FSDP2 shards in place."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    for kind in ("ddp", "fsdp"):
+        for name in RANK_CASES:
+            stage = make_stage(name, optimizer=sgd)
+            callbacks = [RoutingMonitor()]
+            trainer = fit(stage, rank_steps(rank, name), strategy=_strategy(kind), devices=2, callbacks=callbacks)
+            _save(folder / f"{kind}_{name}.pt", stage.model, trainer.callback_metrics, rank)
+    _checkpoints(folder, rank)
+
+
+def _checkpoints(folder: Path, rank: int) -> None:
+    """FSDP2: stop after one step, publish over an older checkpoint, go on; write the model folder."""
+    steps, name = rank_steps(rank, ""), "mimic_distillation"
+    path = folder / "sharded.ckpt"
+    trainer = fit(make_stage(name), steps, max_steps=1, strategy=_strategy("fsdp"), devices=2)
+    if rank == 0:
+        path.mkdir()
+        (path / "__9_0.distcp").write_text("of an older checkpoint")
+    trainer.strategy.barrier()
+    trainer.save_checkpoint(path)
+    stage = make_stage(name)
+    resumed = fit(stage, steps, done=1, ckpt_path=path, strategy=_strategy("fsdp"), devices=2, val=[make_batch(3)])
+    _save(folder / "resumed.pt", stage.model, resumed.callback_metrics, rank)
+    stage.save_model(folder / "model")
+    unbroken = make_stage(name)
+    fit(unbroken, steps, strategy=_strategy("fsdp"), devices=2)
+    _save(folder / "unbroken.pt", unbroken.model, {}, rank)
+
+
+def _strategy(kind: str) -> Any:
+    if kind == "ddp":
+        return DDPStrategy(process_group_backend="gloo", find_unused_parameters=False)
+    return ShardedStrategy(process_group_backend="gloo")
+
+
+def _save(path: Path, model: torch.nn.Module, metrics: Mapping[str, Any], rank: int) -> None:
+    parameters = {
+        name: parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
+    if rank == 0:
+        torch.save({"parameters": parameters, "logged": {key: float(value) for key, value in metrics.items()}}, path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

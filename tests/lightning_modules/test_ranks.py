@@ -1,0 +1,115 @@
+"""Two processes take the same step as one: every stage, under DDP and under FSDP2. One spawned pair runs all cases."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_modules.callbacks.routing_monitor import RoutingMonitor
+from lightning_modules.strategies import consolidate
+from moevlm.models.pretrained import load_pretrained
+from tests.lightning_modules.runs import (
+    RANK_CASES,
+    build_adversarial,
+    fit,
+    initial_parameters,
+    make_stage,
+    parameters_of,
+    rank_steps,
+    sgd,
+)
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torchrun = {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.lightning_modules.rank_worker", str(folder)]
+    processes = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **shared, **torchrun, "RANK": rank, "LOCAL_RANK": rank}
+        with (folder / f"{rank}.log").open("wb") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, code in enumerate(codes):
+        assert code == 0, (folder / f"{rank}.log").read_text()[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, dict[str, Any]]:
+    """Each case in this process, on the micro-batches of both ranks."""
+    results = {}
+    for name in RANK_CASES:
+        stage = make_stage(name, optimizer=sgd)
+        trainer = fit(stage, rank_steps(None, name), callbacks=[RoutingMonitor()])
+        logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        results[name] = {"parameters": parameters_of(stage), "logged": logged}
+    return results
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", list(RANK_CASES))
+def test_two_ranks_take_the_same_steps_as_one_process(
+    name: str, strategy: str, folder: Path, single: dict[str, dict[str, Any]]
+) -> None:
+    found, start = torch.load(folder / f"{strategy}_{name}.pt"), initial_parameters(name)
+    steps = {key: expected - start[key] for key, expected in single[name]["parameters"].items()}
+    moved = max(step.abs().max().item() for step in steps.values())
+    assert moved > 1e-4
+    for key, step in steps.items():
+        difference = (found["parameters"][key] - start[key] - step).abs().max().item()
+        assert difference < 1e-3 * moved, f"{key} is {difference} off after steps of {moved}"
+    assert found["logged"] == pytest.approx(single[name]["logged"], rel=1e-4, abs=1e-6)
+
+
+def test_the_ranks_of_the_adversarial_case_use_other_experts() -> None:
+    model = build_adversarial()
+    for rank, expert in ((0, 0), (1, 1)):
+        for batch in rank_steps(rank, "adversarial_routing")[0]:
+            assert set(model(batch).routings[0].expert_ids.flatten().tolist()) == {expert}
+
+
+def test_a_sharded_checkpoint_resumes_exactly(folder: Path) -> None:
+    resumed, unbroken = (torch.load(folder / f"{name}.pt")["parameters"] for name in ("resumed", "unbroken"))
+    assert resumed.keys() == unbroken.keys()
+    for key, value in unbroken.items():
+        assert torch.equal(resumed[key], value), key
+
+
+def test_a_sharded_checkpoint_is_published_whole_and_consolidates_into_the_student_alone(folder: Path) -> None:
+    assert sorted(path.name for path in (folder / "sharded.ckpt").iterdir()) == [
+        ".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt",
+    ]  # fmt: skip
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    checkpoint = consolidate(folder / "sharded.ckpt")
+    names = {f"model.{name}" for name in initial_parameters("mimic_distillation")}
+    found = set(checkpoint["state_dict"])
+    assert names <= found
+    assert all(name.startswith("model.") for name in found)
+    assert checkpoint["global_step"] == 1
+    assert len(checkpoint["optimizer_states"]) == 1
+
+
+def test_the_model_folder_of_a_sharded_model_holds_its_full_weights(folder: Path) -> None:
+    expected = torch.load(folder / "resumed.pt")["parameters"]
+    for name, parameter in load_pretrained(folder / "model").named_parameters():
+        assert torch.equal(parameter, expected[name]), name
