@@ -58,13 +58,3 @@ def pair_by_id(scores_a: Mapping[Any, float], scores_b: Mapping[Any, float]) -> 
         missing = sorted(map(str, scores_a.keys() ^ scores_b.keys()))
         raise ValueError(f"the two answer different questions: {len(missing)} ids in one only, e.g. {missing[:3]}")
     return [float(scores_a[key]) for key in scores_a], [float(scores_b[key]) for key in scores_a]
-
-
-def rate_interval(num_hits: int, num_rows: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a rate (Wilson 1927); (0, 1) without rows."""
-    if num_rows == 0:
-        return 0.0, 1.0
-    z, rate = 1.959963984540054, num_hits / num_rows
-    centre = (rate + z * z / (2 * num_rows)) / (1 + z * z / num_rows)
-    half = z * np.sqrt(rate * (1 - rate) / num_rows + z * z / (4 * num_rows**2)) / (1 + z * z / num_rows)
-    return float(max(centre - half, 0.0)), float(min(centre + half, 1.0))

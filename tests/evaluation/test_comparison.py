@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moevlm.evaluation.comparison import pair_by_id, paired_bootstrap, rate_interval
+from moevlm.evaluation.comparison import pair_by_id, paired_bootstrap
 
 
 def test_a_clear_difference_excludes_zero_and_none_does_not() -> None:
@@ -44,10 +44,3 @@ def test_pairs_are_made_by_id_and_a_missing_answer_is_refused() -> None:
         pair_by_id({"x": 1}, {"x": 1, "y": 0})
     with pytest.raises(ValueError, match="got 1 and 2"):
         paired_bootstrap([1], [1, 0])
-
-
-def test_wilson_interval_of_known_rates() -> None:
-    low, high = rate_interval(5, 10)
-    assert (low, high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert rate_interval(0, 10)[0] == 0
-    assert rate_interval(0, 0) == (0, 1)
