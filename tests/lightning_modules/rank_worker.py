@@ -18,8 +18,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.callbacks.routing_monitor import RoutingMonitor
+from lightning_modules.instruction_tuning import InstructionTuning
 from lightning_modules.strategies import ShardedStrategy
-from tests.lightning_modules.runs import RANK_CASES, fit, make_batch, make_stage, rank_steps, sgd
+from tests.lightning_modules.runs import RANK_CASES, build_dense, fit, make_batch, make_stage, rank_steps, sgd
 
 
 def main(folder: Path) -> None:
@@ -33,6 +34,18 @@ def main(folder: Path) -> None:
             trainer = fit(stage, rank_steps(rank, name), strategy=_strategy(kind), devices=2, callbacks=callbacks)
             _save(folder / f"{kind}_{name}.pt", stage.model, trainer.callback_metrics, rank)
     _checkpoints(folder, rank)
+    try:
+        fit(_LoneParameter(build_dense, sgd), rank_steps(rank), strategy=_strategy("fsdp"), devices=2)
+    except ValueError as error:
+        (folder / f"refused_{rank}.txt").write_text(str(error))
+
+
+class _LoneParameter(InstructionTuning):
+    """A stage with a parameter that nobody shards."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.scale = torch.nn.Parameter(torch.ones(()))
 
 
 def _checkpoints(folder: Path, rank: int) -> None:

@@ -109,6 +109,11 @@ def test_a_sharded_checkpoint_is_published_whole_and_consolidates_into_the_stude
     assert len(checkpoint["optimizer_states"]) == 1
 
 
+def test_a_trainable_parameter_that_nobody_shards_is_refused(folder: Path) -> None:
+    for rank in (0, 1):
+        assert "parameter scale trains but is not sharded" in (folder / f"refused_{rank}.txt").read_text()
+
+
 def test_the_model_folder_of_a_sharded_model_holds_its_full_weights(folder: Path) -> None:
     expected = torch.load(folder / "resumed.pt")["parameters"]
     for name, parameter in load_pretrained(folder / "model").named_parameters():
