@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule
+from torch.utils.data import Dataset
 
 from datamodules.position import check_position
 from datamodules.rejections import RejectionLog
 from datamodules.sources import Source, parse_sources
-from datamodules.steps import Encode, StepDataset, StepLoader
+from datamodules.steps import Encode, Step, StepDataset, StepLoader
 from datamodules.streams import StreamingSteps
 from datamodules.teacher_view import add_teacher_view
-from moevlm.data.plan import MixturePlan, SequentialPlan, rank_positions
+from moevlm.data.plan import MixturePlan, SequentialPlan, chunk_positions, rank_positions
 from moevlm.data.reader import IndexedShards
 from moevlm.data.records import RecordFile
 from moevlm.data.streaming import expand_urls
@@ -128,14 +129,8 @@ class VLMDataModule(LightningDataModule):
         if not self.sources:
             raise ValueError("nothing to train on; set data.sources")
         dataset = self._streaming_steps() if self.reader == "streaming" else self._indexed_steps()
-        return StepLoader(
-            dataset,
-            self._rejections("train"),
-            num_steps=self.num_steps,
-            start=lambda: self.samples_consumed // self.global_batch_size,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-        )
+        start = lambda: self.samples_consumed // self.global_batch_size  # noqa: E731 - asked when the first step is
+        return self._loader(dataset, "train", num_steps=self.num_steps, start=start)
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """The validation samples in order, one micro-batch of each rank at a time; nothing is drawn at random."""
@@ -159,17 +154,11 @@ class VLMDataModule(LightningDataModule):
             [source.name for source in sources],
             plan,
             self.encoder(),
-            positions=partial(_chunk_positions, chunk=chunk, total=total, rank=rank, world_size=world_size),
-            first_position=partial(_scaled, size=chunk),
+            positions=partial(chunk_positions, chunk=chunk, total=total, rank=rank, world_size=world_size),
+            samples_per_step=chunk,
             micro_batch_size=self.micro_batch_size,
         )
-        return StepLoader(
-            dataset,
-            self._rejections(split),
-            num_steps=num_items,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-        )
+        return self._loader(dataset, split, num_steps=num_items)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Lightning's hook: a training step must stand where the optimizer does."""
@@ -217,7 +206,7 @@ class VLMDataModule(LightningDataModule):
             plan,
             self.encoder(),
             positions=partial(rank_positions, global_batch_size=size, rank=self.rank, world_size=self.world_size),
-            first_position=partial(_scaled, size=size),
+            samples_per_step=size,
             micro_batch_size=self.micro_batch_size,
         )
 
@@ -241,6 +230,10 @@ class VLMDataModule(LightningDataModule):
             self._opened[key] = source.open()
         return self._opened[key]
 
+    def _loader(self, dataset: Dataset[Step], split: str, **options: Any) -> StepLoader:
+        workers, pin_memory = self.num_workers, self.pin_memory
+        return StepLoader(dataset, self._rejections(split), num_workers=workers, pin_memory=pin_memory, **options)
+
     def _rejections(self, split: str) -> RejectionLog:
         return RejectionLog(
             self.rejected_folder, max_rejected_fraction=self.max_rejected_fraction, rank=self.rank, split=split
@@ -253,11 +246,3 @@ class VLMDataModule(LightningDataModule):
                 f"global_batch_size must be a multiple of micro_batch_size * world_size = {self.micro_batch_size} * "
                 f"{world_size}, got {self.global_batch_size}; set data.global_batch_size"
             )
-
-
-def _scaled(step: int, *, size: int) -> int:
-    return step * size
-
-
-def _chunk_positions(step: int, *, chunk: int, total: int, rank: int, world_size: int) -> range:
-    return range(step * chunk + rank, min((step + 1) * chunk, total), world_size)

@@ -62,7 +62,7 @@ class StepDataset(Dataset[Step]):
     Args:
         readers: the sources; `names` are for messages.
         positions: step -> the positions this rank reads.
-        first_position: step -> the samples consumed before it, stamped on its batches.
+        samples_per_step: over all ranks; gives the samples consumed before a step, which its batches carry.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class StepDataset(Dataset[Step]):
         encode: Encode,
         *,
         positions: Callable[[int], Sequence[int]],
-        first_position: Callable[[int], int],
+        samples_per_step: int,
         micro_batch_size: int,
     ) -> None:
         self.readers, self.names, self.plan, self.encode = readers, names, plan, encode
-        self.positions, self.first_position, self.micro_batch_size = positions, first_position, micro_batch_size
+        self.positions, self.samples_per_step, self.micro_batch_size = positions, samples_per_step, micro_batch_size
 
     def __getitem__(self, step: int) -> Step:
         result = Step()
@@ -85,7 +85,7 @@ class StepDataset(Dataset[Step]):
         try:
             for position in self.positions(step):
                 groups.append(self._sample(self.plan.draw(position), result))
-            result.batches = pack_groups(groups, self.micro_batch_size, self.first_position(step))
+            result.batches = pack_groups(groups, self.micro_batch_size, step * self.samples_per_step)
         except ValueError as error:
             result.failure = str(error)
         result.num_samples = len(groups)

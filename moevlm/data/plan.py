@@ -172,6 +172,11 @@ def rank_positions(step: int, *, global_batch_size: int, rank: int, world_size: 
     return range(first + rank, first + global_batch_size, world_size)
 
 
+def chunk_positions(step: int, *, chunk: int, total: int, rank: int, world_size: int) -> range:
+    """The same for a plan that ends: the last chunk of positions may be smaller."""
+    return range(step * chunk + rank, min((step + 1) * chunk, total), world_size)
+
+
 def mixture_slots(weights: Sequence[float]) -> list[int]:
     """`MIXTURE_BLOCK` split by weight, largest remainders first; every source gets at least one.
 

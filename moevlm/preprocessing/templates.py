@@ -119,26 +119,31 @@ def render_backbone(tokenizer: Any, end: str, turns: Sequence[Turn], add_generat
     pieces: list[Piece] = []
     done = ""  # the text that the pieces so far cover
     for number, turn in enumerate(turns):
-        upto = turns[: number + 1]
-        if turn.role == "system":
-            if number + 1 < len(turns) and turns[number + 1].role == "user":
-                continue  # some templates fold the system turn into the first question
-            raise RejectedSample("template_error", "a system turn must be followed by a question")
-        if turn.role == "user":
-            is_last = number + 1 == len(turns)
-            if is_last:
-                text = _extend(tokenizer, done, upto, add_generation_prompt)
-                pieces.append(Piece(text, Segment.QUESTION))
+        if turn.role != "assistant":
             continue
         prompt = _extend(tokenizer, done, turns[:number], True)
-        answer = _extend(tokenizer, done + prompt, upto, False)
+        answer = _extend(tokenizer, done + prompt, turns[: number + 1], False)
         stop = answer.find(end)
         if stop < 0:
             raise RejectedSample("template_without_end", f"the answer is not followed by {end!r}")
         answer = answer[: stop + len(end)]
-        pieces += [Piece(prompt, Segment.QUESTION), Piece(answer, Segment.ANSWER, supervised=True)]
+        pieces += [*_split_system(tokenizer, turns, prompt), Piece(answer, Segment.ANSWER, supervised=True)]
         done += prompt + answer
+    if turns[-1].role == "user":
+        pieces += _split_system(tokenizer, turns, _extend(tokenizer, done, turns, add_generation_prompt))
     return pieces
+
+
+def _split_system(tokenizer: Any, turns: Sequence[Turn], prompt: str) -> list[Piece]:
+    """A prompt, and before it the system turn, where the template writes one that stands alone."""
+    if turns[0].role == "system":
+        try:
+            system = _extend(tokenizer, "", turns[:1], False)
+        except RejectedSample:  # written into the first question instead
+            system = ""
+        if system and prompt.startswith(system):
+            return [Piece(system, Segment.SYSTEM), Piece(prompt[len(system) :], Segment.QUESTION)]
+    return [Piece(prompt, Segment.QUESTION)]
 
 
 def _extend(tokenizer: Any, done: str, turns: Sequence[Turn], add_generation_prompt: bool) -> str:

@@ -72,8 +72,9 @@ def test_plain_drops_the_question() -> None:
     assert segments.tolist() == [Segment.IMAGE] + [Segment.ANSWER] * (len(ids) - 1)
 
 
-def test_segments_name_system_question_image_and_answer() -> None:
-    template = ChatTemplate("chatml", small_tokenizer())
+@pytest.mark.parametrize("name", ["chatml", "backbone", "vicuna_v1"])
+def test_segments_name_system_question_image_and_answer(name: str) -> None:
+    template = ChatTemplate(name, small_tokenizer())
     ids, labels, segments = template.encode([Turn("system", "Say a number."), *ROUNDS])
     assert (segments == Segment.IMAGE).nonzero().tolist() == (ids == IMAGE_TOKEN_ID).nonzero().tolist()
     assert ((segments == Segment.ANSWER) == (labels != IGNORE_INDEX)).all()
@@ -110,6 +111,23 @@ def test_a_template_that_rewrites_earlier_turns_is_rejected_by_name() -> None:
     tokenizer.chat_template = "{{ messages | length }}: " + tokenizer.chat_template
     with pytest.raises(RejectedSample, match="template_not_incremental"):
         ChatTemplate("backbone", tokenizer).encode(ROUNDS)
+
+
+def test_a_template_that_folds_the_system_turn_into_the_question_keeps_its_prompt_a_prefix() -> None:
+    tokenizer = copy.deepcopy(small_tokenizer())
+    folded = (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{% if messages | length == 1 %}{{ raise_exception('alone') }}{% endif %}"
+        "{% set first = messages[0]['content'] + ' ' %}{% set messages = messages[1:] %}{% else %}{% set first = '' %}"
+        "{% endif %}{{ first }}"
+    )
+    tokenizer.chat_template = folded + tokenizer.chat_template
+    template = ChatTemplate("backbone", tokenizer)
+    turns = [Turn("system", "S"), *ROUNDS]
+    full, _, segments = template.encode(turns)
+    prompt, _, _ = template.encode(turns[:-1], add_generation_prompt=True)
+    assert full[: len(prompt)].tolist() == prompt.tolist()
+    assert (segments != Segment.SYSTEM).all()
 
 
 def test_a_template_that_refuses_the_turns_is_rejected_by_name() -> None:
