@@ -79,7 +79,10 @@ class IndexedShards:
             raise RejectedRecord("broken_shard", f"{self.tars[shard]} is shorter than its manifest says")
         members = {}
         for extension, offset, size in index.members(local):
-            data = os.pread(self._file(shard), size, offset)
+            try:
+                data = os.pread(self._file(shard), size, offset)
+            except OSError as error:
+                raise RejectedRecord("broken_shard", f"{self.tars[shard]}: {error.strerror}") from error
             if len(data) != size:
                 raise RejectedRecord("broken_shard", f"{self.tars[shard]} ends before byte {offset + size}")
             members[extension] = data

@@ -122,6 +122,15 @@ def test_a_file_that_is_no_tar_is_refused_in_one_line(tmp_path: Path) -> None:
         IndexedShards(tmp_path / "x.tar")
 
 
+def test_a_tar_that_vanishes_during_a_run_costs_its_samples_only(tmp_path: Path) -> None:
+    folder = make_shards(tmp_path, RECORDS, samples_per_shard=5)
+    shards = IndexedShards(folder)
+    (folder / "000001.tar").unlink()
+    assert shards.read(0).key == "s0000"
+    with pytest.raises(RejectedRecord, match=r"broken_shard: .*000001.tar: No such file"):
+        shards.read(7)
+
+
 def test_an_unfinished_folder_is_refused_with_what_to_do(tmp_path: Path) -> None:
     folder = make_shards(tmp_path, RECORDS)
     (folder / "manifest.json").unlink()
