@@ -94,13 +94,16 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The git commit of the code, with ``+changes`` when the tree is not clean; ``unknown`` outside a checkout."""
+    """The git commit of the code, with ``+changes`` when the tree is not clean.
+
+    Outside a checkout it is what MOEVLM_COMMIT says (for code that travels without its history), or ``unknown``.
+    """
     root = Path(__file__).resolve().parent.parent
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("MOEVLM_COMMIT", "unknown")
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
