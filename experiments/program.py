@@ -54,6 +54,4 @@ def quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")  # we save after the step
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # that is a resume
     warnings.filterwarnings("ignore", message=".*is experimental.*", module="lightning.*")

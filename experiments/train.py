@@ -60,9 +60,6 @@ def fit(cfg: DictConfig, run_folder: Path) -> dict[str, Any]:
     elif trainer.is_global_zero:
         print(f"resuming {run_folder} from {checkpoint.name}")
     trainer.fit(stage, datamodule=datamodule, ckpt_path=checkpoint)
-    last = run_folder / "checkpoints" / f"step_{trainer.global_step:06d}.ckpt"
-    if not last.exists():
-        trainer.save_checkpoint(last)
     validated = trainer.validate(stage, datamodule=datamodule, verbose=False)
     stage.save_model(run_folder / "model", datamodule.processor)
     result = {
@@ -71,7 +68,7 @@ def fit(cfg: DictConfig, run_folder: Path) -> dict[str, Any]:
         "seconds": round(timer.time_elapsed("train"), 1),
         "loss_first": read_json(before)["val/loss"],
         "loss_last": validated[0]["val/loss"],
-        "checkpoint": str(last),
+        "checkpoint": str(newest_checkpoint(run_folder / "checkpoints")),
         "model": str(run_folder / "model"),
     }
     if trainer.is_global_zero:

@@ -61,7 +61,7 @@ def test_another_config_in_the_same_folder_is_refused_with_a_diff(run: Run) -> N
 def test_losses_after_an_interruption_are_those_of_an_unbroken_run(
     compose_run: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
-    overrides = ["experiment=mini/moe_tuning", "num_steps=5", "callbacks.checkpoint.every_n_train_steps=2"]
+    overrides = ["experiment=mini/moe_tuning", "num_steps=5", "callbacks.checkpoint.every_n_steps=2"]
     train(compose_run(*overrides), tmp_path / "unbroken", [])
     interrupted = compose_run(*overrides)
     with open_dict(interrupted):
