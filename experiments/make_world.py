@@ -16,6 +16,8 @@ from tqdm import tqdm
 from experiments.build_shards import shard_records
 from experiments.instantiate import plain
 from experiments.program import program
+from moevlm.data.image_folders import find_image_folder
+from moevlm.data.records import load_json_records
 from moevlm.world.writer import write_world
 
 
@@ -52,7 +54,8 @@ def shard_training_records(folder: Path, *, source: str, licence: str = "Apache-
         for split in ("train", "validation"):
             records, target = folder / f"{family}_{split}.json", folder / "shards" / f"{family}_{split}"
             if records.exists() and not (target / "manifest.json").exists():
-                shard_records(records, folder / "images", target, source=source, licence=licence)
+                images = find_image_folder(folder, load_json_records(records))
+                shard_records(records, images, target, source=source, licence=licence, overwrite=True)
 
 
 def _advance(bar: tqdm, name: str, done: int, total: int) -> None:
