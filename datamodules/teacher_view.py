@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from moevlm.batch import TEACHER_VIEW
 from moevlm.preprocessing.processor import Processor
-
-TEACHER_VIEW = "teacher"
-"""The key of `VLMBatch.images` for the teacher; absent when both models see the same."""
 
 
 def add_teacher_view(processor: Processor, teacher: Processor | None) -> Processor:

@@ -10,15 +10,12 @@ import torch
 from lightning_modules.base import ROUTER_LOSSES, VLMStage
 from lightning_modules.objective import Objective, Weight
 from lightning_modules.stage import BUILDERS, MakeOptimizer, MakeScheduler, StageSettings
-from moevlm.batch import VLMBatch, VLMOutput
+from moevlm.batch import TEACHER_VIEW, VLMBatch, VLMOutput
 from moevlm.losses.distillation import check_divergence, token_kl
 from moevlm.losses.language_modeling import cross_entropy
 from moevlm.losses.mean import Mean
 from moevlm.metrics.agreement import agreement_sums
 from moevlm.models.vlm import VLM
-
-TEACHER_VIEW = "teacher"
-"""View of the batch's images that a teacher sees, where the datamodule made one; else the student's."""
 
 
 class MimicDistillation(VLMStage):

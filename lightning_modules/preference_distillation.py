@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_modules.base import ROUTER_LOSSES, VLMStage
-from lightning_modules.mimic_distillation import TEACHER_VIEW
 from lightning_modules.moe_tuning import FFNS_AND_CONNECTOR
 from lightning_modules.objective import Objective, Weight
 from lightning_modules.stage import BUILDERS, MakeOptimizer, MakeScheduler, StageSettings
-from moevlm.batch import DEFAULT_VIEW, IGNORE_INDEX, VLMBatch, VLMOutput
+from moevlm.batch import DEFAULT_VIEW, IGNORE_INDEX, TEACHER_VIEW, VLMBatch, VLMOutput
 from moevlm.losses.language_modeling import cross_entropy
 from moevlm.losses.preference import (
     check_preference_loss,

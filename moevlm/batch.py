@@ -1,10 +1,10 @@
 """The contract between datamodules and stages: what one micro-batch holds, what a model returns.
 
-A micro-batch is *packed*: the tokens of all its sequences stand in one row, without padding, so that padding can never
-reach a router. Two coordinate systems follow from splicing: *text coordinates* (``T`` below), where an image is the one
-placeholder ``IMAGE_TOKEN_ID``, and *spliced coordinates* (``U``), where it is the model's visual tokens. Batches live in
-text coordinates, because a teacher and its student may see another number of visual tokens; `VLMOutput.text_positions`
-says where every text token went.
+A micro-batch is *packed*: the tokens of all its sequences stand in one row, without padding, so that padding can
+never reach a router. Two coordinate systems follow from splicing: *text coordinates* (``T`` below), where an image is
+the one placeholder ``IMAGE_TOKEN_ID``, and *spliced coordinates* (``U``), where it is the model's visual tokens.
+Batches live in text coordinates, because a teacher and its student may see another number of visual tokens;
+`VLMOutput.text_positions` says where every text token went.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ IMAGE_TOKEN_ID = -200
 
 DEFAULT_VIEW = "default"
 """Key of `VLMBatch.images` for the student's image transform; a teacher's may stand beside it."""
+
+TEACHER_VIEW = "teacher"
+"""Key of `VLMBatch.images` for the teacher; absent when both models see the same."""
 
 NO_PAIR = -1
 """`VLMBatch.pair_ids` of a sequence that belongs to no preference pair."""
@@ -129,7 +132,7 @@ class Head:
 
 @dataclass
 class VLMOutput:
-    """What a model returns: hidden states and routing records; losses and generation make logits from the rows they need."""
+    """What a model returns: hidden states and routing records; losses and generation make logits of some rows."""
 
     hidden_states: Tensor  # [U, D] after the final norm, spliced coordinates
     text_positions: Tensor  # [T] int64: spliced row of each text token; an image placeholder: its first visual token
@@ -173,7 +176,7 @@ class Record:
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """One conversation, tokenized and with its images transformed: what `preprocessing.collate.pack` puts into a row."""
+    """One conversation, tokenized and with its images transformed; `preprocessing.collate.pack` puts it into a row."""
 
     key: str
     input_ids: Tensor  # [S] int64; one IMAGE_TOKEN_ID per image
