@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import lightning
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig
 
-from experiments.instantiate import build, plain
+from experiments.instantiate import plain
 from experiments.launching import is_worker, launch, num_devices
 from experiments.program import program
-from experiments.run_folder import newest_checkpoint, open_run_folder, read_json, write_json
-from experiments.trainer import build_trainer
+from experiments.run_folder import open_run_folder, read_json
+from experiments.trainer import end_tracking, fit
 
 
 def train(cfg: DictConfig, run_folder: Path, overrides: list[str]) -> dict[str, Any]:
@@ -42,39 +40,10 @@ def train(cfg: DictConfig, run_folder: Path, overrides: list[str]) -> dict[str, 
         if num_devices(cfg.trainer) > 1:
             launch("experiments.train", overrides, run_folder, num_devices(cfg.trainer))
             return read_json(run_folder / "result.json")
-    return fit(cfg, run_folder)
-
-
-def fit(cfg: DictConfig, run_folder: Path) -> dict[str, Any]:
-    """The part that every rank runs."""
-    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    stage, datamodule, trainer = build(cfg.stage), build(cfg.data), build_trainer(cfg, run_folder)
-    timer = Timer()
-    trainer.callbacks.append(timer)  # its elapsed time is part of every checkpoint
-    checkpoint = newest_checkpoint(run_folder / "checkpoints")
-    before = run_folder / "before.json"
-    if checkpoint is None:
-        validated = trainer.validate(stage, datamodule=datamodule, verbose=False)
-        if trainer.is_global_zero:
-            write_json(before, validated[0])
-    elif trainer.is_global_zero:
-        print(f"resuming {run_folder} from {checkpoint.name}")
-    trainer.fit(stage, datamodule=datamodule, ckpt_path=checkpoint)
-    validated = trainer.validate(stage, datamodule=datamodule, verbose=False)
-    stage.save_model(run_folder / "model", datamodule.processor)
-    result = {
-        "status": "finished",
-        "steps": trainer.global_step,
-        "seconds": round(timer.time_elapsed("train"), 1),
-        "loss_first": read_json(before)["val/loss"],
-        "loss_last": validated[0]["val/loss"],
-        "checkpoint": str(newest_checkpoint(run_folder / "checkpoints")),
-        "model": str(run_folder / "model"),
-    }
-    if trainer.is_global_zero:
-        write_json(run_folder / "result.json", result)
-        print(f"finished {run_folder}: val/loss {result['loss_first']:.4f} -> {result['loss_last']:.4f}")
-    return result
+    try:
+        return fit(cfg, run_folder)
+    finally:
+        end_tracking()
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="train")

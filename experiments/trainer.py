@@ -1,25 +1,71 @@
-"""The Trainer of a run: callbacks, loggers and folders joined."""
+"""The Trainer of a run: callbacks, loggers and folders joined; and its fit between two validations."""
 
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
+import lightning
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 from omegaconf import DictConfig
 
 from experiments.instantiate import build
+from experiments.run_folder import newest_checkpoint, read_json, write_json
 
 
-def build_trainer(cfg: DictConfig, run_folder: Path) -> Trainer:
+def fit(cfg: DictConfig, run_folder: Path) -> dict[str, Any]:
+    """Train from the newest checkpoint, or from the start; what every rank of a run does.
+
+    Returns:
+        The content of ``result.json``: status, steps, seconds, loss_first, loss_last, checkpoint, model.
+    """
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    timer = Timer()  # its elapsed time is part of every checkpoint
+    stage, datamodule, trainer = build(cfg.stage), build(cfg.data), build_trainer(cfg, run_folder, timer)
+    checkpoint = newest_checkpoint(run_folder / "checkpoints")
+    before = run_folder / "before.json"
+    if checkpoint is None:
+        validated = trainer.validate(stage, datamodule=datamodule, verbose=False)
+        if trainer.is_global_zero:
+            write_json(before, validated[0])
+    elif trainer.is_global_zero:
+        print(f"resuming {run_folder} from {checkpoint.name}")
+    trainer.fit(stage, datamodule=datamodule, ckpt_path=checkpoint)
+    validated = trainer.validate(stage, datamodule=datamodule, verbose=False)
+    stage.save_model(run_folder / "model", datamodule.processor)
+    result = {
+        "status": "finished",
+        "steps": trainer.global_step,
+        "seconds": round(timer.time_elapsed("train"), 1),
+        "loss_first": read_json(before)["val/loss"],
+        "loss_last": validated[0]["val/loss"],
+        "checkpoint": str(newest_checkpoint(run_folder / "checkpoints")),
+        "model": str(run_folder / "model"),
+    }
+    if trainer.is_global_zero:
+        write_json(run_folder / "result.json", result)
+        print(f"finished {run_folder}: val/loss {result['loss_first']:.4f} -> {result['loss_last']:.4f}")
+    return result
+
+
+def build_trainer(cfg: DictConfig, run_folder: Path, *more_callbacks: Callback) -> Trainer:
     """Build the trainer with every callback and logger of the config that is not null."""
-    callbacks = [build(node) for node in cfg.callbacks.values() if node is not None]
+    callbacks = [build(node) for node in cfg.callbacks.values() if node is not None] + list(more_callbacks)
     loggers = [build(node, **_identity(name, cfg, run_folder)) for name, node in cfg.logger.items() if node is not None]
     trainer = build(cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(run_folder))
     assert isinstance(trainer, Trainer)
     return trainer
+
+
+def end_tracking() -> None:
+    """End the run in W&B, whose client would otherwise add the next run of this process (a trial, a stage) to it."""
+    wandb = sys.modules.get("wandb")  # imported when it is used, and not by us
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 def run_id(run_folder: Path) -> str:
@@ -37,4 +83,6 @@ def run_id(run_folder: Path) -> str:
 def _identity(name: str, cfg: DictConfig, run_folder: Path) -> dict[str, Any]:
     if name != "wandb":
         return {}
-    return {"id": run_id(run_folder), "name": cfg.run_name, "group": cfg.group or cfg.run_name}
+    folder, root = run_folder.resolve(), Path(cfg.output_root).resolve()  # a trial of a sweep: run_name/what varies
+    title = str(folder.relative_to(root)) if folder.is_relative_to(root) else cfg.run_name
+    return {"id": run_id(run_folder), "name": title, "group": cfg.group or cfg.run_name}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import os
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ class JsonlLogger(Logger):
 
     Values keep every digit, so that two runs can be compared bit by bit. A killed run loses nothing but a torn last
     line, which the next row replaces. Only rank zero writes.
+
+    When a fit or a validation ends, ``metrics.csv`` beside it is written anew with the same rows, for spreadsheets.
 
     The step is Lightning's: the number of optimizer steps before the one that a row belongs to, so 0 for the first; a
     validation in training has the step that it follows, and `Trainer.validate` the number of steps done.
@@ -77,6 +80,23 @@ class JsonlLogger(Logger):
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._path)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write the rows as CSV."""
+        if self._path.exists():
+            write_csv(self._path.with_suffix(".csv"), read_rows(self._path))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table of the rows, published by rename: every name that a row has is a column, in order of appearance."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="") as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows(rows)
+    temporary.replace(path)
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:

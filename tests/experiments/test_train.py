@@ -77,3 +77,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(run: Run, tmp_path: Pa
     run("blind", "experiment=mini/blind")
     with pytest.raises(ValueError, match="checkpoint of another model"):
         run("next", "experiment=mini/instruction_tuning", f"model.weights={tmp_path}/blind/model")
+
+
+def test_two_runs_of_one_process_are_two_runs_in_wandb(run: Run, tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        run(folder, "experiment=mini/connector_alignment", "logger=default")
+        (tracked,) = (tmp_path / folder / "wandb").glob("offline-run-*")
+        assert tracked.name.endswith((tmp_path / folder / "run_id").read_text())

@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -63,3 +64,29 @@ def test_the_record_of_a_resumed_run_is_that_of_an_unbroken_one(tmp_path: Path) 
     assert records[0] == records[1]
     assert [row["step"] for row in records[0] if "train/loss" in row] == [0, 1, 2, 3]
     assert [row["step"] for row in records[0] if "val/loss" in row] == [1, 3]
+
+
+def test_the_csv_has_every_row_and_a_column_for_every_name(logger: JsonlLogger) -> None:
+    logger.log_metrics({"train/loss": 0.1 + 0.2, "optim/lr": 1.0}, step=0)
+    logger.log_metrics({"val/loss": 2.0}, step=0)
+    logger.finalize("success")
+    with logger.path.with_name("metrics.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert list(first) == ["step", "time", "train/loss", "optim/lr", "val/loss"]
+    assert float(first["train/loss"]) == 0.1 + 0.2
+    assert (first["val/loss"], second["train/loss"], second["val/loss"]) == ("", "", "2.0")
+    assert [path.name for path in logger.path.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_resumed_run_writes_the_csv_anew(logger: JsonlLogger) -> None:
+    for step in range(3):
+        logger.log_metrics({"train/loss": 1.0}, step=step)
+    logger.finalize("failed")
+    logger.drop_rows_after(1)
+    logger.finalize("success")
+    assert len(logger.path.with_suffix(".csv").read_text().splitlines()) == 2
+
+
+def test_nothing_logged_makes_no_csv(logger: JsonlLogger) -> None:
+    logger.finalize("success")
+    assert not logger.path.with_suffix(".csv").exists()
