@@ -6,11 +6,13 @@ import functools
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -19,33 +21,56 @@ USER_ERRORS = (ValueError, OSError, OmegaConfBaseException)
 """What a config or data can cause. Anything else is a defect of ours and keeps its traceback."""
 
 
+class FailedTrials(CompactHydraException):
+    """Raised by each failed trial of a sweep. Hydra shows the first when all trials have run; it speaks for all."""
+
+    def __init__(self, failures: list[str]) -> None:
+        super().__init__()
+        self.failures = failures  # shared by all trials of the process
+
+    def __str__(self) -> str:
+        return "\n".join([f"failed trials: {len(self.failures)}; the others are complete", *self.failures])
+
+
 def program(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     """Turn user errors into one line and exit code 2; ``MOEVLM_TRACEBACK=1`` shows where they came from.
 
-    In a sweep the error goes on to Hydra, which runs the remaining trials and reports the failed ones at the end.
+    In a sweep the remaining trials run, and a summary of the failed ones ends it.
     """
+    failures: list[str] = []
 
     @functools.wraps(task)
     def run(cfg: DictConfig) -> Any:
         quiet_libraries()
         try:
             return task(cfg)
-        except USER_ERRORS as error:
+        except Exception as error:
             message = error_message(error)
-            print(f"error: {message}", file=sys.stderr, flush=True)
-            if os.environ.get("MOEVLM_TRACEBACK") == "1":
-                raise
-            if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise RuntimeError(message) from None
-            sys.exit(2)
+            is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+            if message is None or os.environ.get("MOEVLM_TRACEBACK") == "1":
+                if not is_sweep:
+                    raise
+                traceback.print_exc()
+            print(f"error: {message or repr(error)}", file=sys.stderr, flush=True)
+            if not is_sweep:
+                sys.exit(2)
+            failures.append(f"  {HydraConfig.get().job.override_dirname}: {message or repr(error)}")
+            raise FailedTrials(failures) from None
 
     return run
 
 
-def error_message(error: BaseException) -> str:
-    """The innermost user error: Hydra wraps what a constructor raises in its own text."""
+def error_message(error: BaseException) -> str | None:
+    """What to tell the user; None for a defect of ours.
+
+    Hydra wraps what a constructor raises in its own text: the innermost user error says it better.
+    """
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return error_message(error.__cause__)
     while error.__cause__ is not None and isinstance(error.__cause__, USER_ERRORS):
         error = error.__cause__
+    if not isinstance(error, USER_ERRORS):
+        return None
     return str(error) or type(error).__name__
 
 
