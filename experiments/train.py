@@ -50,7 +50,10 @@ def train(cfg: DictConfig, run_folder: Path, overrides: list[str]) -> dict[str, 
 @program
 def main(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
-    train(cfg, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
+    run_folder = Path(hydra_config.runtime.output_dir)
+    if run_folder.is_relative_to(Path.cwd()):
+        run_folder = run_folder.relative_to(Path.cwd())  # what a run writes should not name this machine's folders
+    train(cfg, run_folder, list(hydra_config.overrides.task))
 
 
 if __name__ == "__main__":
