@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -41,6 +42,7 @@ def program(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 
     @functools.wraps(task)
     def run(cfg: DictConfig) -> Any:
+        log_to_terminal()
         quiet_libraries()
         try:
             return task(cfg)
@@ -65,13 +67,24 @@ def error_message(error: BaseException) -> str | None:
 
     Hydra wraps what a constructor raises in its own text: the innermost user error says it better.
     """
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
-        return error_message(error.__cause__)
+    if isinstance(error, InstantiationException):
+        node = re.search(r"full_key: (\S+)", str(error))
+        where = f"; check {node[1] if node else 'the config'}"
+        if isinstance(error.__cause__, TypeError):  # a key that the constructor does not know, a word for a number
+            return f"{error.__cause__}{where}"
+        if str(error).startswith("Error locating target"):
+            return str(error).partition(",")[0] + where
+        return None if error.__cause__ is None else error_message(error.__cause__)
     while error.__cause__ is not None and isinstance(error.__cause__, USER_ERRORS):
         error = error.__cause__
     if not isinstance(error, USER_ERRORS):
         return None
     return str(error) or type(error).__name__
+
+
+def log_to_terminal() -> None:
+    """Warnings go to stderr as they are; Hydra's own handler would print them as Hydra's, with the time, on stdout."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
 
 
 def quiet_libraries() -> None:

@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_run_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Create or reopen a run folder.
+    """Create or reopen a run folder; one whose run ended before its first validation has nothing to keep.
 
     Returns:
         What ``result.json`` says: ``{}`` for a new or an interrupted run; a run that is done has status ``finished``.
@@ -51,7 +51,7 @@ def open_run_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     stored = folder / "config.yaml"
     if stored.exists():
         before = yaml.safe_dump(_compared(yaml.safe_load(stored.read_text())), sort_keys=True)
-        if before != text:
+        if before != text and (folder / "before.json").exists():
             diff = difflib.unified_diff(
                 before.splitlines(), text.splitlines(), "this folder", "this command", lineterm="", n=0
             )
@@ -60,7 +60,8 @@ def open_run_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
                 f"{folder} holds a run with another config; choose another run_name, or remove the folder to start "
                 "over. What differs (- that run, + this command):\n" + "\n".join(lines)
             )
-        return read_json(folder / "result.json")
+        if before == text:
+            return read_json(folder / "result.json")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "environment.json", environment())
     temporary = folder / ".config.yaml.tmp"

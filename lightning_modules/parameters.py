@@ -24,7 +24,8 @@ def build_optimizer(make_optimizer: MakeOptimizer, model: nn.Module, lr_multipli
         lr_multipliers: regular expression -> factor.
 
     Raises:
-        ValueError: a pattern matches no trainable parameter, a factor is not positive, or nothing trains.
+        ValueError: a pattern matches no trainable parameter, a factor is not positive, nothing trains, or the
+            optimizer does not know or take a setting.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
@@ -35,7 +36,11 @@ def build_optimizer(make_optimizer: MakeOptimizer, model: nn.Module, lr_multipli
         key = (_multiplier(name, lr_multipliers), parameter.ndim >= 2 and not name.endswith("bias"))
         groups.setdefault(key, []).append(parameter)
     keys = sorted(groups, key=lambda key: (key[0] != 1.0, key[0], not key[1]))  # the plain rate first: it is logged
-    optimizer = make_optimizer([{"params": groups[key], **({} if key[1] else {"weight_decay": 0.0})} for key in keys])
+    settings = [{"params": groups[key], **({} if key[1] else {"weight_decay": 0.0})} for key in keys]
+    try:
+        optimizer = make_optimizer(settings)
+    except TypeError as error:
+        raise ValueError(f"the optimizer refuses its settings: {error}; set optimizer") from error
     for group, (multiplier, _) in zip(optimizer.param_groups, keys):
         group["lr"] *= multiplier
     return optimizer

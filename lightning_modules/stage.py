@@ -115,6 +115,25 @@ class Stage(LightningModule):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another model in one line (torch itself checks a sharded checkpoint).
+
+        Raises:
+            ValueError: names or shapes differ.
+        """
+        if "state_dict" not in checkpoint:
+            return
+        there = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        here = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        differing = [name for name in here | there if here.get(name) != there.get(name)]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"the run folder holds the checkpoint of another model: {len(differing)} weights differ, the first is "
+                f"{name}, {there.get(name, 'missing')} there and {here.get(name, 'missing')} here; remove the run's "
+                "checkpoints or set another run_name"
+            )
+
     def on_fit_start(self) -> None:
         if self.trainer.is_global_zero:
             print_trainable(self.model)

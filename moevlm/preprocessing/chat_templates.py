@@ -36,7 +36,9 @@ class ChatTemplate:
 
     def __init__(self, name: str, tokenizer: Any) -> None:
         if name not in TEMPLATES:
-            raise ValueError(f"chat_template must be one of {', '.join(TEMPLATES)}, got {name!r}; set chat_template")
+            raise ValueError(
+                f"chat_template must be one of {', '.join(TEMPLATES)}, got {name!r}; set processor.chat_template"
+            )
         self.name, self.tokenizer = name, tokenizer
         self._forbidden = self._special_texts()
         self.end = self._find_end()
@@ -128,7 +130,9 @@ class ChatTemplate:
     def _find_backbone_end(self) -> str:
         """The special token that follows an answer in the tokenizer's own template (not always its eos token)."""
         if not self.tokenizer.chat_template:
-            raise ValueError("this tokenizer has no chat template of its own; set chat_template to chatml or vicuna_v1")
+            raise ValueError(
+                "this tokenizer has no chat template of its own; set processor.chat_template to chatml or vicuna_v1"
+            )
         probe = "an answer to find"
         messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": probe}]
         _, found, rest = self.tokenizer.apply_chat_template(messages, tokenize=False).partition(probe)

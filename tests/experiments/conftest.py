@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +58,34 @@ def run(compose_run: Callable[..., DictConfig], tmp_path: Path) -> Callable[...,
         return train(compose_run(*overrides), tmp_path / folder, list(overrides))
 
     return trained
+
+
+@dataclass
+class Ended:
+    """How a program ended, and what stood on the terminal."""
+
+    code: int
+    output: str
+    errors: list[str]  # of stderr, without progress bars
+
+
+@pytest.fixture
+def console(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Call a program as its console script does: through Hydra and `@program`, in this process."""
+
+    def called(main: Callable[[], None], *arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        monkeypatch.setattr(sys, "gettrace", lambda: None)  # Hydra takes a coverage tracer for a debugger
+        monkeypatch.setattr(logging.root, "handlers", [])  # a program sets up its own
+        monkeypatch.setattr(logging.root, "level", logging.root.level)
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as ending:
+            code = int(ending.code or 0)
+        output, errors = capsys.readouterr()
+        lines = [line.split("\r")[-1].strip() for line in errors.splitlines()]
+        return Ended(code, output, [line for line in lines if line and "it/s" not in line and "record/s" not in line])
+
+    return called

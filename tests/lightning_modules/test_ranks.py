@@ -26,7 +26,6 @@ from tests.lightning_modules.runs import (
     sgd,
 )
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 
 

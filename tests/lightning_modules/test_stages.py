@@ -125,7 +125,7 @@ def test_the_teacher_gets_no_gradient_and_is_in_no_checkpoint(name: str, tmp_pat
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     fit(make_stage("instruction_tuning"), [make_batch()]).save_checkpoint(tmp_path / "dense.ckpt")
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(ValueError, match=r"checkpoint of another model: .*router.* missing there"):
         fit(make_stage("moe_tuning"), [make_batch()] * 2, ckpt_path=tmp_path / "dense.ckpt")
 
 
