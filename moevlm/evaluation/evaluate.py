@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def evaluate_folder(
     data_folder: str | Path,
     output_folder: str | Path,
     benchmarks: Sequence[str] | None = None,
-    limit: int | None = None,
+    limit: int | Mapping[str, int | None] | None = None,
     batch_size: int = 32,
     device: str = "auto",
     dtype: str | None = None,
@@ -54,7 +54,7 @@ def evaluate_folder(
         data_folder: record files, see `find_benchmarks`.
         output_folder: gets ``answers/<benchmark>.jsonl``, ``scores.json`` and ``evaluation.json`` (how they were made).
         benchmarks: names, or None for all.
-        limit: records per benchmark, a fixed random choice; None for all.
+        limit: records per benchmark, a fixed random choice; None for all. One number, or one by benchmark name.
         batch_size: prompts that run together.
         device: "auto" is cuda where there is one, else cpu.
         dtype: of the weights; None means float32.
@@ -76,13 +76,13 @@ def evaluate_folder(
     chosen = find_benchmarks(data_folder, benchmarks)
     vlm = load_pretrained(model_folder, dtype=dtype).eval().to(choose_device(device))
     processor = Processor.from_pretrained(model_folder)
+    limits = limit if isinstance(limit, Mapping) else dict.fromkeys((benchmark.name for benchmark in chosen), limit)
+    options: dict[str, Any] = {"batch_size": batch_size, "perplexity": perplexity, "progress": progress}
     folder = Path(output_folder)
     scores: Scores = {}
     with random_routing(vlm, seed=seed) if routing == "random" else contextlib.nullcontext():
         for benchmark in chosen:
-            rows, rejected = answer_benchmark(
-                vlm, processor, benchmark, limit=limit, batch_size=batch_size, perplexity=perplexity, progress=progress
-            )
+            rows, rejected = answer_benchmark(vlm, processor, benchmark, limit=limits.get(benchmark.name), **options)
             check_rejected(benchmark, len(rows), rejected, max_rejected_fraction)
             write_answers(folder / "answers" / f"{benchmark.name}.jsonl", rows)
             scores[benchmark.name] = score_rows(rows) | {"num_rejected": len(rejected)}
