@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments.run_folder import read_json, write_json
 from moevlm.analysis.explain import analyze_folder
@@ -112,7 +112,9 @@ def report_chain(root: Path, summary: Mapping[str, Any]) -> str:
         f"{row['num_rows']} questions"
         for pair, row in summary.get("comparisons", {}).items()
     ]
-    table = Table("model", *(f"{benchmark} {metric}" for benchmark, metric in COLUMNS), title=root.name)
+    table = Table(
+        Column("model", no_wrap=True), *(f"{benchmark} {metric}" for benchmark, metric in COLUMNS), title=root.name
+    )
     for name, scores in [*summary["eval"].items(), ("without the image", summary["chance"])]:
         values = [scores.get(benchmark, {}).get(metric) for benchmark, metric in COLUMNS]
         table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
