@@ -17,7 +17,7 @@ from moevlm.evaluation.evaluate import evaluate_folder
 
 Scores = dict[str, dict[str, float]]
 
-HEADLINES = {"vqa": "accuracy", "pope": "accuracy", "descriptions": "chair_i"}
+HEADLINES = {"vqa": "accuracy", "pope": "accuracy", "descriptions": "recall"}
 """The metric of each benchmark that decides which answer without the image is the better one."""
 
 COLUMNS = (("vqa", "accuracy"), ("pope", "accuracy"), ("descriptions", "chair_i"), ("descriptions", "recall"))
@@ -71,12 +71,7 @@ def higher_chance(majority: Scores, blind: Scores) -> Scores:
     for benchmark, scores in majority.items():
         metric = HEADLINES.get(benchmark, "")
         other = blind.get(benchmark, {})
-        is_lower_better = metric.startswith("chair")
-        better = (
-            other.get(metric, 0.0) < scores.get(metric, 0.0)
-            if is_lower_better
-            else other.get(metric, 0.0) > scores.get(metric, 0.0)
-        )
+        better = other.get(metric, 0.0) > scores.get(metric, 0.0)
         chosen[benchmark] = other if metric in other and better else scores
     return chosen
 
