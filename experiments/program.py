@@ -114,7 +114,8 @@ def _reported(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
 def error_message(error: BaseException) -> str | None:
     """What to tell the user; None for a defect of ours.
 
-    Hydra wraps what a constructor raises in its own text: the innermost user error says it better.
+    Hydra wraps what a constructor raises in its own text, which says less. Of the errors below, the outermost
+    user error speaks: code that raises one from another has added what to change.
     """
     if isinstance(error, InstantiationException):
         node = re.search(r"full_key: (\S+)", str(error))
@@ -124,7 +125,7 @@ def error_message(error: BaseException) -> str | None:
         if str(error).startswith("Error locating target"):
             return str(error).partition(",")[0] + where
         return None if error.__cause__ is None else error_message(error.__cause__)
-    while error.__cause__ is not None and isinstance(error.__cause__, USER_ERRORS):
+    while not isinstance(error, USER_ERRORS) and error.__cause__ is not None:
         error = error.__cause__
     if not isinstance(error, USER_ERRORS):
         return None

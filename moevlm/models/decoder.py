@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from moevlm.batch import Head
 from moevlm.models.attention import PACKED_ATTENTION
@@ -88,7 +89,14 @@ def _from_config(settings: dict[str, Any]) -> PreTrainedModel:
     try:
         config = AutoConfig.for_model(model_type, **settings)
     except ValueError as error:
-        raise ValueError(f"unknown model_type {model_type!r}; set model.language_model.model_type: {error}") from error
+        if model_type in CONFIG_MAPPING:  # the type is known, a value beside it is not
+            raise ValueError(f"{model_type} refuses its config: {error}; set model.language_model") from error
+        near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), n=3)
+        meant = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise ValueError(
+            f"unknown model_type {model_type!r}{meant}; allowed are those of transformers' decoders; "
+            "set model.language_model.model_type"
+        ) from error
     _check_packable(config)
     return AutoModelForCausalLM.from_config(config, attn_implementation=PACKED_ATTENTION)  # type: ignore[no-any-return]
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from experiments import analyze_routing, build_shards, evaluate, make_world, pipeline, train
+from experiments.program import error_message
 from moevlm.data.index import read_index
 from moevlm.data.reader import IndexedShards
 from tests.experiments.conftest import TINY_RUN, Ended
@@ -236,6 +237,12 @@ def test_a_command_that_was_refused_may_be_mended_in_the_same_folder(
     overrides = [*TINY_RUN, f"data_root={world}", f"output_root={tmp_path}", "experiment=mini/connector_alignment"]
     only_line(console(train.main, *overrides, "model.connector=nope"))
     assert console(train.main, *overrides).code == 0
+
+
+def test_an_error_raised_from_a_library_s_is_the_one_shown():
+    error = ValueError("no language model at ./x; set model.language_model")
+    error.__cause__ = OSError("shard 2 of 3 is not there")
+    assert error_message(error) == "no language model at ./x; set model.language_model"
 
 
 def test_a_folder_that_cannot_be_made_ends_in_one_line(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:

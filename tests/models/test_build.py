@@ -102,7 +102,10 @@ def test_too_small_a_vocabulary_is_refused(tmp_path):
     [
         ("./nowhere", "no folder ./nowhere; set model.language_model"),
         ({"hidden_size": 8}, "needs model_type"),
-        ({"model_type": "qwen99"}, "unknown model_type 'qwen99'; set model.language_model.model_type"),
+        (
+            {"model_type": "qwen99"},
+            r"unknown model_type 'qwen99' \(did you mean qwen.*; set model.language_model.model_type$",
+        ),
     ],
 )
 def test_a_language_model_that_does_not_exist_is_refused(language_model, message):

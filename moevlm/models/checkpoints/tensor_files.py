@@ -56,7 +56,10 @@ class TensorFiles(Mapping[str, Tensor]):
         self.folder = Path(folder)
         layout = next((name for name in LAYOUTS if (self.folder / name).is_file()), None)
         if layout is None:
-            raise ValueError(f"{folder} has no {WEIGHTS_FILE} and none of {', '.join(LAYOUTS[:1] + LAYOUTS[2:])}")
+            raise ValueError(
+                f"{folder} has no {WEIGHTS_FILE} and none of {', '.join(LAYOUTS[:1] + LAYOUTS[2:])}; the key that "
+                "names it (model.weights, model.folder, model_folder, ...) is to name a complete one"
+            )
         self._open: dict[str, Any] = {}
         if layout.endswith(".index.json"):
             self._files: dict[str, str] = self._read_index(layout)
