@@ -17,6 +17,7 @@ from lightning_modules.router_losses import domain_losses, router_losses, update
 from lightning_modules.stage import MakeOptimizer, MakeScheduler, Stage, StageSettings
 from lightning_modules.teachers import TeacherOptions, has_same_vision, place_teacher, shared_features
 from moevlm.batch import TEACHER_VIEW, Head, VLMBatch, VLMOutput
+from moevlm.losses.fused import check_kernel
 from moevlm.losses.language_modeling import cross_entropy
 from moevlm.losses.mean import REDUCTIONS, Mean
 from moevlm.models.freezing import freeze_except
@@ -59,6 +60,7 @@ class VLMStage(Stage):
         loss_weights: Mapping[str, Weight] | None = None,
         router_losses_over_layers: str = "mean",
         balance_over_ranks: bool = False,
+        loss_kernel: str = "auto",
         **settings: Unpack[StageSettings],
     ) -> None:
         """Keep the builder; `loss_weights` replace the stage's `default_weights` entry by entry.
@@ -67,6 +69,7 @@ class VLMStage(Stage):
 
         Args:
             router_losses_over_layers: "mean", or "sum" as MoE-LLaVA.
+            loss_kernel: of cross-entropy and forward KL, one of `moevlm.losses.fused.KERNELS`.
             balance_over_ranks: in training, take the load of the balance loss over all ranks instead of each alone.
         """
         if router_losses_over_layers not in REDUCTIONS:
@@ -74,11 +77,13 @@ class VLMStage(Stage):
                 f"unknown router_losses_over_layers {router_losses_over_layers!r}; known: {', '.join(REDUCTIONS)}; "
                 "set stage.router_losses_over_layers"
             )
+        check_kernel(loss_kernel)
         weights = {**self.default_weights, **(loss_weights or {})}
         super().__init__(optimizer, scheduler, trainable=trainable, loss_weights=weights, **settings)
         self.build_model, self.frozen = build_model, {}
         self.teacher_head: Head | None = None
         self.router_losses_over_layers, self.balance_over_ranks = router_losses_over_layers, balance_over_ranks
+        self.loss_kernel = loss_kernel
 
     def configure_model(self) -> None:
         """Build, freeze, shard. Here and not in __init__, so that a strategy can shard."""
@@ -199,7 +204,7 @@ class VLMStage(Stage):
     def language_modeling(self, batch: VLMBatch) -> Objective:
         """Cross-entropy on the supervised tokens, and the router losses."""
         output = self.model(batch)
-        losses = {"lm": cross_entropy(output, self.model.head, batch.labels)}
+        losses = {"lm": cross_entropy(output, self.model.head, batch.labels, kernel=self.loss_kernel)}
         return Objective(losses | self.router_losses(output), output=output)
 
     def router_losses(self, output: VLMOutput) -> dict[str, Mean]:

@@ -189,7 +189,7 @@ class MimicDistillation(VLMStage):
             objective = self._mimic_at_hand(batch, name)
             student = objective.output
         if "lm" not in objective.losses and self.is_weighted("lm"):
-            objective.losses["lm"] = cross_entropy(student, self.model.head, batch.labels)
+            objective.losses["lm"] = cross_entropy(student, self.model.head, batch.labels, kernel=self.loss_kernel)
         objective.losses |= self.router_losses(student)
         return objective
 
@@ -222,6 +222,7 @@ class MimicDistillation(VLMStage):
             teacher,
             self.tokens,
             weights=self.step_weights(),
+            kernel=self.loss_kernel,
             with_lm=name == "kd" and self.tokens.tokens == "answer",
             measure_gradients=self.adaptive is not None and self.adaptive.rule == "gradient_norm",
         )

@@ -50,6 +50,7 @@ def token_pass(
     weights: Mapping[str, float],
     with_lm: bool = False,
     measure_gradients: bool = False,
+    kernel: str = "auto",
 ) -> Objective:
     """A divergence over the rows of a selection, with the cross-entropy where both look at the same ones.
 
@@ -58,6 +59,7 @@ def token_pass(
         head: of the student.
         weights: of the losses at this step; their gradients are added up here (`Objective.joint`).
         with_lm: the rows are those of the supervised tokens.
+        kernel: of the loss.
     """
     is_main = name == "kd"
     found = token_losses(
@@ -70,6 +72,7 @@ def token_pass(
         kd_weight=weights[name],
         lm_weight=weights["lm"] if with_lm else 0.0,
         measure_gradients=measure_gradients and with_lm,
+        kernel=kernel,
     )
     losses = {name: found.kd} | ({"lm": found.lm} if with_lm else {})
     sources_R = batch.sources[student.sequence_ids[rows.student_rows]]

@@ -117,7 +117,7 @@ class PreferenceDistillation(VLMStage):
         mismatched_kl = self._mismatched_kl(batch) if self.preference.needs_mismatched_kl else None
         losses = {"preference": preference_loss(chosen_P, rejected_P, self.preference, mismatched_kl=mismatched_kl)}
         if self.is_weighted("lm"):
-            losses["lm"] = cross_entropy(policy, self.model.head, self._chosen_labels(batch))
+            losses["lm"] = cross_entropy(policy, self.model.head, self._chosen_labels(batch), kernel=self.loss_kernel)
         metrics |= reward_metrics(chosen_P, rejected_P, beta=self.preference.beta)
         if mismatched_kl is not None:
             metrics["mismatched_kl"] = Mean(mismatched_kl * chosen_P.numel(), chosen_P.numel(), "pairs")

@@ -56,6 +56,7 @@ class VLMStageSettings(StageSettings, total=False):
 
     router_losses_over_layers: str
     balance_over_ranks: bool
+    loss_kernel: str
 
 
 class Stage(LightningModule):

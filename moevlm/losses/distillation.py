@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from moevlm.batch import Head
 from moevlm.losses.chunked import sum_over_rows
 from moevlm.losses.divergences import Divergence
-from moevlm.losses.teacher_rows import LogitsChunk, TeacherChunk, TeacherRows
+from moevlm.losses.fused import fused_rows, is_fused
+from moevlm.losses.teacher_rows import HeadRows, LogitsChunk, TeacherChunk, TeacherRows
 
 WEIGHTINGS = ("uniform", "teacher_certainty", "student_uncertainty", "teacher_correctness")
 """How much a row's divergence counts: w_r in [0, 1] without gradient. Sums are divided by rows, not by these weights.
@@ -65,6 +66,7 @@ def token_losses(
     lm_weight: float = 0.0,
     measure_gradients: bool = False,
     chunk_size: int = 256,
+    kernel: str = "auto",
 ) -> TokenLosses:
     """``kd_weight * sum_r w_r D(p_r, q_r) + lm_weight * sum_r -log q_r(target_r)`` over rows r, in chunks of rows.
 
@@ -86,19 +88,25 @@ def token_losses(
         kd_weight: of the divergence.
         lm_weight: of the cross-entropy, which is over the student's whole vocabulary.
         measure_gradients: fill in the gradient squares, at the price of more passes over a chunk's logits.
-        chunk_size: rows whose logits exist at the same time.
+        chunk_size: rows whose logits exist at the same time; the fused path has a size of its own.
+        kernel: one of `moevlm.losses.fused.KERNELS`. Fused are the forward KL at temperature 1 of a teacher's head, and
+            the cross-entropy beside it; everything else takes the plain path under "auto" and "fused" alike.
 
     Returns:
         Sums are not divided; no row gives 0 and gradients of 0.
 
     Raises:
-        ValueError: another number of rows, an unknown weighting, or targets missing.
+        ValueError: another number of rows, an unknown weighting or kernel, or targets missing.
     """
     if student_rows_RD.shape[0] != teacher.num_rows:
         raise ValueError(f"{student_rows_RD.shape[0]} student rows, {teacher.num_rows} teacher rows")
     check_weighting(weighting)
     if targets_R is None and (lm_weight > 0 or weighting == "teacher_correctness"):
         raise ValueError(f"lm_weight {lm_weight} and weighting {weighting!r} need the tokens that the rows predict")
+    is_plain = divergence.is_plain_kl and not measure_gradients
+    if is_fused(kernel, student_rows_RD) and is_plain and isinstance(teacher, HeadRows):
+        weights = (kd_weight, lm_weight)
+        return _fused_losses(student_rows_RD, student_head, teacher, targets_R, weighting, weights)
     values: list[Tensor] = []
 
     def chunk_loss(logits_CV: Tensor, rows: slice) -> Tensor:
@@ -113,6 +121,45 @@ def token_losses(
     empty = torch.zeros(0, 8, device=student_rows_RD.device)
     columns: Any = torch.cat([empty, *values]).unbind(dim=1)
     return dataclasses.replace(TokenLosses(joint, *columns), measured=measure_gradients)
+
+
+def _fused_losses(
+    student_rows_RD: Tensor,
+    student_head: Head,
+    teacher: HeadRows,
+    targets_R: Tensor | None,
+    weighting: str,
+    weights: tuple[float, float],
+) -> TokenLosses:
+    """The forward KL and the cross-entropy by `moevlm.losses.fused`."""
+    vocab_size = student_head.weight.shape[0]
+
+    def weigh(found: Any) -> Tensor:
+        entropies = (found.teacher_entropy, found.entropy)
+        return _row_weights(weighting, found.teacher_target.exp(), *entropies, vocab_size)
+
+    joint, found, weights_R = fused_rows(
+        student_rows_RD,
+        student_head,
+        targets_R,
+        lm_weight=weights[1],
+        teacher_hidden_RD=teacher.hidden_states,
+        teacher_head=teacher.head.cut(teacher.num_common),
+        kd_weight=weights[0],
+        weigh=weigh,
+    )
+    nothing_R = torch.zeros_like(found.kl)
+    return TokenLosses(
+        joint,
+        kd=weights_R * found.kl,
+        lm=nothing_R if targets_R is None else -found.target,
+        kl=found.kl,
+        agreement=(found.top1 == found.teacher_top1).float(),
+        student_entropy=found.entropy,
+        teacher_entropy=found.teacher_entropy,
+        kd_gradient_square=nothing_R,
+        lm_gradient_square=nothing_R,
+    )
 
 
 def check_weighting(weighting: str) -> None:
@@ -138,7 +185,8 @@ def _chunk_losses(
         entropy_C = -(log_q_CV.exp() * log_q_CV).sum(dim=-1)
         agrees_C = log_q_CV.argmax(dim=-1) == found.top1
         lm_C = torch.zeros_like(entropy_C) if targets_C is None else -_chosen(log_q_CV, targets_C)
-        weights_C = _row_weights(weighting, teacher, targets_C, found.teacher_entropy, entropy_C, log_q_CV.shape[1])
+        belief_C = teacher.belief(targets_C) if targets_C is not None else torch.zeros_like(entropy_C)
+        weights_C = _row_weights(weighting, belief_C, found.teacher_entropy, entropy_C, log_q_CV.shape[1])
     squares = [torch.zeros_like(lm_C)] * 2
     if measure:
         squares = _gradient_squares(logits_CV, log_q_CV, teacher, targets_C, divergence, weights_C)
@@ -178,21 +226,15 @@ def _gradient_squares(
 
 
 def _row_weights(
-    weighting: str,
-    teacher: TeacherChunk,
-    targets_C: Tensor | None,
-    teacher_entropy_C: Tensor,
-    student_entropy_C: Tensor,
-    vocab_size: int,
+    weighting: str, belief_C: Tensor, teacher_entropy_C: Tensor, student_entropy_C: Tensor, vocab_size: int
 ) -> Tensor:
-    """[C] in [0, 1]."""
+    """[C] in [0, 1]; `belief_C` is the teacher's probability of the target."""
     if weighting == "teacher_certainty":
         return (1 - teacher_entropy_C / math.log(vocab_size)).clamp(0, 1)
     if weighting == "student_uncertainty":
         return (student_entropy_C / math.log(vocab_size)).clamp(0, 1)
     if weighting == "teacher_correctness":
-        assert targets_C is not None
-        return teacher.belief(targets_C)
+        return belief_C
     return torch.ones_like(teacher_entropy_C)
 
 
