@@ -161,6 +161,6 @@ def _coefficient(like: Tensor, generator: torch.Generator) -> nn.Linear:
     linear = nn.Linear(like.shape[-1], 2, device=like.device, dtype=like.dtype)
     with torch.no_grad():
         for parameter in linear.parameters():
-            drawn = (torch.rand(parameter.shape, generator=generator) * 2 - 1) / math.sqrt(like.shape[-1])
+            drawn = (torch.rand(parameter.shape, generator=generator, device="cpu") * 2 - 1) / math.sqrt(like.shape[-1])
             parameter.copy_(drawn)
     return linear

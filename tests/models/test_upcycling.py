@@ -46,6 +46,28 @@ def test_routers_depend_on_seed_and_layer_and_nothing_else():
     assert not torch.equal(weights[0], first.moe_layers[2].router.weight)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"router_init_std": None, "residual": True},
+        {"initialisation": "noise", "init_noise": 0.1},
+        {"initialisation": "drop_upcycling", "reinit_fraction": 0.5},
+        {"experts": "lora", "lora_rank": 2},
+    ],
+)
+def test_weights_are_drawn_on_the_cpu_whatever_the_default_device(options):
+    """Lightning builds a model under the GPU as default device, where a generator of the CPU is refused."""
+    dense = {"num_experts": 4, "top_k": 2, **options}
+    expected = tiny_vlm(dense).state_dict()
+    vlm = tiny_vlm()
+    with torch.device("meta"):
+        upcycle(vlm, **dense)
+    found = vlm.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_only_feed_forward_networks_change():
     dense, sparse = tiny_vlm(), tiny_vlm({"num_experts": 2, "top_k": 1, "placement": [1]})
     others = {name: tensor for name, tensor in dense.state_dict().items() if "layers.1.mlp" not in name}

@@ -122,8 +122,10 @@ def _scale_weights(projections: Sequence[Projection], num_experts: int, settings
 def _add_noise(projections: Sequence[Projection], relative_std: float, generator: torch.Generator) -> None:
     """``W_e + relative_std * std(W) * N(0, 1)``: breaks the symmetry of copies (ours: relative to each matrix)."""
     for projection in projections:
+        if projection.weight.is_meta:
+            continue
         std = projection.weight[0].float().std()
-        noise = torch.randn(projection.weight.shape, generator=generator).to(projection.weight.device)
+        noise = torch.randn(projection.weight.shape, generator=generator, device="cpu").to(projection.weight.device)
         projection.weight.add_((noise * (relative_std * std)).to(projection.weight.dtype))
 
 
@@ -137,7 +139,7 @@ def _redraw_units(projections: Sequence[Projection], fraction: float, generator:
     num_experts, width = into[0].weight.shape[:2]
     num_drawn = round(fraction * width)
     for expert in range(num_experts):
-        units = torch.randperm(width, generator=generator)[:num_drawn].to(back.weight.device)
+        units = torch.randperm(width, generator=generator, device="cpu")[:num_drawn].to(back.weight.device)
         for projection in into:
             _redraw(projection.weight[expert], units, 0, generator)
             if projection.bias is not None:
@@ -147,9 +149,9 @@ def _redraw_units(projections: Sequence[Projection], fraction: float, generator:
 
 def _redraw(weight: Tensor, units: Tensor, dim: int, generator: torch.Generator) -> None:
     old = weight.index_select(dim, units).float()
-    if old.numel() < 2:  # no spread to draw from
+    if old.numel() < 2 or old.is_meta:  # no spread to draw from
         return
-    drawn = torch.randn(old.shape, generator=generator).to(old.device) * old.std() + old.mean()
+    drawn = torch.randn(old.shape, generator=generator, device="cpu").to(old.device) * old.std() + old.mean()
     weight.index_copy_(dim, units, drawn.to(weight.dtype))
 
 

@@ -47,7 +47,7 @@ class LoRAExperts(nn.Module):
             frozen_bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
             self.register_parameter(f"base_{name}_bias", frozen_bias)
             width_out, width_in = weight.shape
-            drawn_ERI = torch.rand(num_experts, rank, width_in, generator=generator) * 2 - 1
+            drawn_ERI = torch.rand(num_experts, rank, width_in, generator=generator, device="cpu") * 2 - 1
             down_ERI = (drawn_ERI / math.sqrt(width_in)).to(device=weight.device, dtype=weight.dtype)
             self.register_parameter(f"{name}_lora_A", nn.Parameter(down_ERI))
             self.register_parameter(f"{name}_lora_B", nn.Parameter(weight.new_zeros(num_experts, width_out, rank)))

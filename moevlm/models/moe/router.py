@@ -47,9 +47,9 @@ class Router(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         shape = (num_experts // group_size, width)
         if init_std is None:
-            rows = (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(width)
+            rows = (torch.rand(shape, generator=generator, device="cpu") * 2 - 1) / math.sqrt(width)
         else:
-            rows = torch.randn(shape, generator=generator) * init_std
+            rows = torch.randn(shape, generator=generator, device="cpu") * init_std
         self.weight = nn.Parameter(rows.repeat_interleave(group_size, dim=0))  # [E, D]
         self.jitter, self.bias_update_rate = jitter, bias_update_rate
         self.register_buffer("selection_bias", torch.zeros(num_experts) if bias_update_rate > 0 else None)
@@ -67,7 +67,7 @@ class Router(nn.Module):
         with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
             logits_TE = nn.functional.linear(hidden_TD, self.weight.float())
         if self.random_generator is not None:
-            noise_TE = torch.randn(logits_TE.shape, generator=self.random_generator)
+            noise_TE = torch.randn(logits_TE.shape, generator=self.random_generator, device="cpu")
             return noise_TE.to(logits_TE.device)
         return logits_TE
 
