@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from experiments.evaluate import find_model
 from experiments.instantiate import plain
 from experiments.program import program
+from experiments.tracking import show_figures
 from moevlm.analysis.explain import analyze_folder
 
 
@@ -20,9 +21,11 @@ def main(cfg: DictConfig) -> None:
     settings = plain(cfg)
     model = find_model(settings.pop("model_folder"))
     output = Path(settings.pop("output_folder") or model.parent / "figures")
-    for figure in analyze_folder(model, output_folder=output, **settings):
-        print(f"wrote {figure}")
-    print(f"wrote {output / 'routing.json'}")
+    figures = analyze_folder(model, output_folder=output, **settings)
+    for path in (*figures, output / "routing.json"):
+        print(f"wrote {path}")
+    if show_figures(model.parent, figures):
+        print(f"shown in W&B with the run {model.parent}")
 
 
 if __name__ == "__main__":

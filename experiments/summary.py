@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from experiments.run_folder import read_json, write_json
+from experiments.tracking import show_figures
 from moevlm.analysis.explain import analyze_folder
 from moevlm.analysis.report import write_report
 from moevlm.evaluation.answers import chance_scores, compare_answers
@@ -86,13 +87,14 @@ def compare_chain(pairs: Sequence[Sequence[str]], root: Path) -> dict[str, dict[
 
 
 def explain_chain(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Draw the routing figures of the model that ``analyze.stage`` names."""
+    """Draw the routing figures of the model that ``analyze.stage`` names, and show them in that run in W&B."""
     analyze = settings["analyze"]
     if analyze is None:
         return {"figures": []}
     options = {key: value for key, value in analyze.items() if key != "stage"}
     model, target = root / analyze["stage"] / "model", root / "figures"
     figures = analyze_folder(model, data_folder=settings["data_root"], output_folder=target, **options)
+    show_figures(root / analyze["stage"], figures)
     return {"figures": [str(figure) for figure in figures]}
 
 

@@ -19,7 +19,8 @@ from experiments.instantiate import plain
 from experiments.launching import end_with_parent, is_worker, launch, num_devices
 from experiments.program import program
 from experiments.run_folder import open_run_folder, prepare_resume, read_json, sole_writer
-from experiments.trainer import end_tracking, fit
+from experiments.tracking import end_tracking
+from experiments.trainer import fit
 
 
 def train(cfg: DictConfig, run_folder: Path, overrides: list[str]) -> dict[str, Any]:

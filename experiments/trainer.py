@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from transformers import AutoTokenizer
 from datamodules.teacher_view import check_same_ids
 from experiments.instantiate import build
 from experiments.run_folder import newest_checkpoint, read_json, write_json
+from experiments.tracking import identity
 from lightning_modules.checkpoint_files import read_manifest, step_of
 from lightning_modules.checkpoint_io import FolderCheckpointIO
 from lightning_modules.loggers import JsonlLogger
@@ -64,7 +62,7 @@ def fit(cfg: DictConfig, run_folder: Path) -> dict[str, Any]:
 def build_trainer(cfg: DictConfig, run_folder: Path, *more_callbacks: Callback) -> Trainer:
     """Build the trainer with every callback and logger of the config that is not null."""
     callbacks = [build(node) for node in cfg.callbacks.values() if node is not None] + list(more_callbacks)
-    loggers = [build(node, **_identity(name, cfg, run_folder)) for name, node in cfg.logger.items() if node is not None]
+    loggers = [build(node, **identity(name, cfg, run_folder)) for name, node in cfg.logger.items() if node is not None]
     paths = {"default_root_dir": str(run_folder)}
     trainer = build(cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[FolderCheckpointIO()], **paths)
     assert isinstance(trainer, Trainer)
@@ -94,30 +92,3 @@ def _split_note(checkpoint: Path, world_size: int) -> str:
         f" (written by {before} ranks, goes on with {world_size}: every step takes the same samples, none is lost or "
         "repeated; losses agree to rounding, dropout draws differ)"
     )
-
-
-def end_tracking() -> None:
-    """End the run in W&B, whose client would otherwise add the next run of this process (a trial, a stage) to it."""
-    wandb = sys.modules.get("wandb")  # imported when it is used, and not by us
-    if wandb is not None and wandb.run is not None:
-        wandb.finish()
-
-
-def run_id(run_folder: Path) -> str:
-    """The run's identity in W&B, kept in the run folder so that a resumed run is the same run."""
-    stored = run_folder / "run_id"
-    if not stored.exists():
-        temporary = run_folder / f".run_id.{os.getpid()}.tmp"
-        temporary.write_text(uuid.uuid4().hex[:8])
-        if not stored.exists():
-            temporary.replace(stored)
-        temporary.unlink(missing_ok=True)
-    return stored.read_text()
-
-
-def _identity(name: str, cfg: DictConfig, run_folder: Path) -> dict[str, Any]:
-    if name != "wandb":
-        return {}
-    folder, root = run_folder.resolve(), Path(cfg.output_root).resolve()  # a trial of a sweep: run_name/what varies
-    title = str(folder.relative_to(root)) if folder.is_relative_to(root) else cfg.run_name
-    return {"id": run_id(run_folder), "name": title, "group": cfg.group or cfg.run_name}
