@@ -2,12 +2,14 @@
 
 Registered with transformers' attention interface under `PACKED_ATTENTION`. A block-diagonal mask over the whole row
 would be quadratic in the row (1.7-3.2 times slower than padding on CPU), so the row is cut into its sequences and
-attention runs causally without a mask: one sequence after another on a CPU, on a GPU all at once, padded on the right
-to the longest, where padding stands behind every real token.
+attention runs causally without a mask. On a GPU in 16 bits a kernel for sequences of any length takes the row as it is
+(`moevlm.models.varlen`). Where that does not apply, all sequences run at once, padded on the right to the longest,
+where padding stands behind every real token; on a CPU one sequence after another.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from moevlm.batch import AttentionStates
+from moevlm.models.varlen import check_kernel, takes_varlen, varlen_attention
 
 PACKED_ATTENTION = "moevlm_packed"
 
@@ -34,26 +37,42 @@ class PackedSequences:
         keep: Sequence[int] = (),
         *,
         one_by_one: bool | None = None,  # None: on a CPU
+        kernel: str = "auto",
     ) -> None:
-        self.lengths = lengths  # [B]
+        """Lay out the sequences.
+
+        Args:
+            kernel: one of `moevlm.models.varlen.KERNELS`.
+
+        Raises:
+            ValueError: an unknown kernel, or "varlen" without a GPU or in a torch that lacks it.
+        """
+        self.lengths, self.device = lengths, device  # [B]
+        self.longest = max(lengths)
+        self.ends: Tensor | None = None  # [B + 1] int32, 0 and the end of each sequence; None: padded
+        if check_kernel(kernel, device):
+            ends = [0, *itertools.accumulate(lengths)]
+            self.ends = torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
         self.keep = frozenset(keep)  # layers whose queries and keys the caller wants
         self.kept: dict[int, AttentionStates] = {}  # of the forward pass; recomputation in backward adds nothing
         self.pad_index: Tensor | None = None  # [B * S] row of every padded place; padding repeats row 0
         self.unpad_index: Tensor | None = None  # [U] padded place of every row; both None when nothing is padded
         self.reached_attention = False
-        longest = max(lengths)
         one_by_one = device.type == "cpu" if one_by_one is None else one_by_one
-        self.one_by_one = one_by_one and min(lengths) < longest
-        if min(lengths) == longest or self.one_by_one:
+        self.one_by_one = one_by_one and min(lengths) < self.longest
+
+    def _make_indices(self) -> None:
+        """Once, and only where sequences are padded at all."""
+        if self.pad_index is not None or min(self.lengths) == self.longest:
             return
-        pad_index = torch.zeros(len(lengths), longest, dtype=torch.int64)
-        unpad_index = torch.empty(sum(lengths), dtype=torch.int64)
+        pad_index = torch.zeros(len(self.lengths), self.longest, dtype=torch.int64)
+        unpad_index = torch.empty(sum(self.lengths), dtype=torch.int64)
         start = 0
-        for row, length in enumerate(lengths):
+        for row, length in enumerate(self.lengths):
             pad_index[row, :length] = torch.arange(start, start + length)
-            unpad_index[start : start + length] = torch.arange(row * longest, row * longest + length)
+            unpad_index[start : start + length] = torch.arange(row * self.longest, row * self.longest + length)
             start += length
-        self.pad_index, self.unpad_index = pad_index.flatten().to(device), unpad_index.to(device)
+        self.pad_index, self.unpad_index = pad_index.flatten().to(self.device), unpad_index.to(self.device)
 
     def as_mask(self) -> Tensor:
         """A stand-in for an attention mask that carries this object; nothing reads its value.
@@ -80,6 +99,7 @@ class PackedSequences:
 
     def _pad(self, states_1HUD: Tensor) -> Tensor:
         """[1, H, U, d] -> [B, H, S, d]."""
+        self._make_indices()
         states_HUD = states_1HUD[0]
         if self.pad_index is not None:
             states_HUD = _Pad.apply(states_HUD, self.pad_index, self.unpad_index)
@@ -160,14 +180,42 @@ def packed_attention(
     options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, **kwargs}
     if packed_sequences is None:
         return _attend(module, query, key, value, attention_mask, dropout=dropout, **options), None
-    packed_sequences.reached_attention = True
+    if packed_sequences.keep:
+        _keep_states(module, query, key, packed_sequences, options)
+    ends, longest = packed_sequences.ends, packed_sequences.longest
+    if takes_varlen(ends, query, value, dropout=dropout, sliding_window=sliding_window, softcap=softcap):
+        if not torch.compiler.is_compiling():  # a compiled layer that is checkpointed may change nothing outside
+            packed_sequences.reached_attention = True
+        return varlen_attention(query, key, value, ends, longest, scaling=scaling, sliding_window=sliding_window), None
+    return _attend_cut(module, query, key, value, packed_sequences, {"dropout": dropout, **options}), None
+
+
+@torch.compiler.disable
+def _keep_states(
+    module: nn.Module, query: Tensor, key: Tensor, packed_sequences: PackedSequences, options: dict[str, Any]
+) -> None:
+    """Note the queries and keys of a layer that was asked for."""
     index = getattr(module, "layer_idx", None)
     if index in packed_sequences.keep and index not in packed_sequences.kept:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        packed_sequences.kept[index] = AttentionStates(query[0], key[0], scale, softcap, sliding_window)
+        scale = query.shape[-1] ** -0.5 if options["scaling"] is None else options["scaling"]
+        states = AttentionStates(query[0], key[0], scale, options["softcap"], options["sliding_window"])
+        packed_sequences.kept[index] = states
+
+
+@torch.compiler.disable
+def _attend_cut(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed_sequences: PackedSequences,
+    options: dict[str, Any],
+) -> Tensor:
+    """[1, H, U, d] three times -> [1, U, H, d]; not compiled, as it looks at every length."""
+    packed_sequences.reached_attention = True
     queries, keys, values = (packed_sequences.cut(states) for states in (query, key, value))
-    outputs = [_attend(module, *qkv, mask=None, dropout=dropout, **options) for qkv in zip(queries, keys, values)]
-    return packed_sequences.join(outputs), None
+    outputs = [_attend(module, *qkv, mask=None, **options) for qkv in zip(queries, keys, values)]
+    return packed_sequences.join(outputs)
 
 
 def _attend(

@@ -15,6 +15,7 @@ from moevlm.models.inheriting import fetch_connector, keep_layers
 from moevlm.models.moe.settings import INITIAL_KEYS, MoESettings
 from moevlm.models.pretrained import cast_parameters, load_pretrained, read_config
 from moevlm.models.upcycling import make_sparse, resolved
+from moevlm.models.varlen import check_kernel_name
 from moevlm.models.vision_encoder import VisionEncoder
 from moevlm.models.vlm import VLM
 
@@ -30,7 +31,9 @@ def build_vlm(
     layers: Sequence[int] | None = None,
     connector_from: str | None = None,
     vocab_size: int | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | str | Sequence[str] = False,
+    attention: str = "auto",
+    compile: bool = False,
     seed: int = 0,
     dtype: str = "float32",
 ) -> VLM:
@@ -49,6 +52,10 @@ def build_vlm(
         layers: of the folder in `weights`, keep only these decoder layers: a student made from its teacher.
         connector_from: a teacher's model folder, whose connector becomes the first part of a connector of two.
         vocab_size: the tokenizer's number of ids, to be checked.
+        gradient_checkpointing: what the decoder's layers keep for the backward pass, a policy of
+            `moevlm.models.execution` or a list that is repeated over the layers; true is "full".
+        attention: of packed sequences, one of `moevlm.models.varlen.KERNELS`.
+        compile: the decoder's layers and the vision encoder's blocks, by torch.compile.
         seed: of every random weight.
         dtype: of the parameters, routers excepted (always float32).
 
@@ -75,6 +82,10 @@ def build_vlm(
         cast_parameters(vlm, dtype)
         if lora is not None:
             _adapt(vlm, LoRASettings.from_dict(lora), weights)
+    check_kernel_name(attention)
+    vlm.attention = attention
+    if compile:
+        vlm.compile_layers()
     return vlm.train()
 
 
@@ -83,7 +94,7 @@ def _from_parts(
     connector_kind: str | None,
     language_model_source: str | dict[str, Any],
     vocab_size: int | None,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: bool | str | Sequence[str],
 ) -> VLM:
     vision_encoder = None
     if isinstance(vision_settings, str):

@@ -26,7 +26,7 @@ def build_modular(
     num_experts: int | None = None,
     common: bool = False,
     weights: str | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | str | Sequence[str] = False,
     seed: int = 0,
     **unused: Any,
 ) -> ModularVLM:
@@ -76,7 +76,7 @@ def build_merged(
     moe: dict[str, Any] | None = None,
     shared: str = "equal",
     weights: str | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | str | Sequence[str] = False,
     seed: int = 0,
 ) -> VLM:
     """A sparse model whose FFN experts are those of dense models, one for each domain, in training mode.

@@ -43,7 +43,7 @@ class ModularVLM(VLM):
         *,
         num_experts: int,
         has_common: bool = False,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | str | Sequence[str] = False,
         seed: int = 0,
     ) -> None:
         """Make every expert a copy of `language_model`'s decoder.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ def save_pretrained(vlm: VLM, folder: str | Path, *, dtype: str | None = None, m
         config_file.replace(Path(folder) / "config.json")
 
 
-def load_pretrained(folder: str | Path, *, dtype: str | None = None, gradient_checkpointing: bool = False) -> VLM:
+def load_pretrained(
+    folder: str | Path, *, dtype: str | None = None, gradient_checkpointing: bool | str | Sequence[str] = False
+) -> VLM:
     """Rebuild the VLM of a model folder, in eval mode.
 
     Args:
@@ -93,7 +95,7 @@ def rebuild(
     *,
     source: str | Path,
     dtype: str | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | str | Sequence[str] = False,
 ) -> VLM:
     """A VLM from the content of a config.json and its tensors under our names, in eval mode.
 
@@ -164,7 +166,7 @@ def cast_parameters(module: nn.Module, dtype: str) -> nn.Module:
     return module
 
 
-def _build(config: dict[str, Any], *, gradient_checkpointing: bool) -> VLM:
+def _build(config: dict[str, Any], *, gradient_checkpointing: bool | str | Sequence[str]) -> VLM:
     language_model = build_decoder(config["language_model"])
     vision_encoder = connector = None
     if config["vision_encoder"] is not None:

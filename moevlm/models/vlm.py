@@ -15,6 +15,7 @@ from moevlm.models.adapter_settings import LoRASettings
 from moevlm.models.attention import PackedSequences
 from moevlm.models.connector import Connector
 from moevlm.models.decoder import context_length, decoder_layers, language_model_head
+from moevlm.models.execution import checkpoint_function, checkpoint_policies, compile_layers
 from moevlm.models.moe.moe_layer import SparseMoE
 from moevlm.models.moe.recorder import RoutingRecorder
 from moevlm.models.splicing import SplicedInputs, make_splice, spliced_lengths
@@ -35,8 +36,9 @@ class VLM(nn.Module):
         connector: Connector | None,
         language_model: PreTrainedModel,
         *,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | str | Sequence[str] = False,
     ) -> None:
+        """Join the parts; `gradient_checkpointing` is described in `moevlm.models.execution`."""
         super().__init__()
         if (vision_encoder is None) != (connector is None):
             raise ValueError("a vision encoder and a connector come together or not at all; set model.vision_encoder")
@@ -45,12 +47,16 @@ class VLM(nn.Module):
         self.language_model = language_model
         self.recorder = RoutingRecorder()
         self.lora: LoRASettings | None = None  # set by `add_lora`, unset by `merge_lora`
-        if gradient_checkpointing:
-            # only the non-reentrant kind lets a routing record keep its gradient; newer transformers renamed the method
-            enable = getattr(language_model, "activation_checkpointing_enable", None)
-            (enable or language_model.gradient_checkpointing_enable)({"use_reentrant": False})
-            if vision_encoder is not None:
-                vision_encoder.gradient_checkpointing = True
+        self.attention = "auto"  # one of `moevlm.models.varlen.KERNELS`
+        self.is_compiled = False
+        self._checkpoint(gradient_checkpointing)
+
+    def compile_layers(self) -> None:
+        """Compile the decoder's layers and the vision encoder's blocks (`moevlm.models.execution`)."""
+        compile_layers(self.decoder_blocks)
+        if self.vision_encoder is not None:
+            compile_layers(list(self.vision_encoder.vit.blocks))
+        self.is_compiled = True
 
     # what it is made of
 
@@ -133,7 +139,8 @@ class VLM(nn.Module):
         features = self._visual_features(batch, view) if visual_features is None else visual_features
         inputs = self._splice(batch, features, view)
         splice = inputs.splice
-        packed = PackedSequences(splice.lengths, splice.position_ids.device, self._check_layers(keep_attentions))
+        keep = self._check_layers(keep_attentions)
+        packed = PackedSequences(splice.lengths, splice.position_ids.device, keep, kernel=self.attention)
         # what this flag says is that keyword arguments reach the attention function
         hands_down = getattr(self.language_model, "_supports_attention_backend", False)
         with self.recorder.open() as routings, self._record(self._check_layers(keep_layers)) as layers:
@@ -144,7 +151,9 @@ class VLM(nn.Module):
                 use_cache=False,
                 packed_sequences=packed,
             ).last_hidden_state
-        assert packed.reached_attention, "sequences were mixed: attention was not told where they end"
+        assert packed.reached_attention or self.is_compiled, (
+            "sequences were mixed: attention was not told where they end"
+        )
         # a copy, as FSDP2 hangs its backward hook on the output and warns about views
         output = VLMOutput(
             hidden_states.squeeze(0).clone(),
@@ -206,6 +215,20 @@ class VLM(nn.Module):
 
     # parts of the above
 
+    def _checkpoint(self, setting: bool | str | Sequence[str]) -> None:
+        layers: Any = decoder_layers(self.language_model)
+        policies = checkpoint_policies(setting, len(layers))
+        if set(policies) == {"off"}:
+            return
+        # newer transformers renamed the method, which also refuses decoders that cannot be checkpointed
+        enable = getattr(self.language_model, "activation_checkpointing_enable", None)
+        (enable or self.language_model.gradient_checkpointing_enable)({"use_reentrant": False})
+        for layer, policy in zip(layers, policies):
+            layer.gradient_checkpointing = policy != "off"
+            layer._gradient_checkpointing_func = checkpoint_function(policy)
+        if self.vision_encoder is not None:
+            self.vision_encoder.gradient_checkpointing = True
+
     def _splice(self, batch: VLMBatch, features: Tensor | None, view: str) -> SplicedInputs:
         splice = make_splice(batch, self.visual_token_counts(batch, batch.num_images, view))
         is_image_T = batch.input_ids == IMAGE_TOKEN_ID
@@ -235,7 +258,9 @@ class VLM(nn.Module):
             if images_N3HW.shape[0] != pictures:
                 what = f"{batch.num_images} placeholders" if tilings is None else f"{pictures} tiles"
                 raise ValueError(f"{images_N3HW.shape[0]} images for {what} in batch {batch.keys}")
-        return self.vision_encoder(images_N3HW)  # type: ignore[no-any-return]
+        trains = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            return self.vision_encoder(images_N3HW)  # type: ignore[no-any-return]
 
     @property
     def _neutral_token_id(self) -> int:

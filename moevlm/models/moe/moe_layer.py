@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from moevlm.batch import Routing
@@ -62,6 +63,7 @@ class SparseMoE(nn.Module):
         """Parameters that a token does not meet: those of the routed experts it is not sent to."""
         return (self.num_experts - self.top_k) * self.experts.num_own_parameters
 
+    @torch.compiler.disable  # shapes follow the routing; a compiled decoder layer is cut here
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., D]; rows that the recorder's token mask calls padding are skipped and come out as 0."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
