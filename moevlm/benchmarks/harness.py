@@ -67,6 +67,7 @@ class Result:
     repeats: int = 0
     ratio: float | None = None  # seconds over the floor's
     peak_gib: float | None = None  # beyond what was allocated before the step; None on a CPU
+    held_gib: float | None = None  # that: inputs, parameters, what an optimizer keeps
     errors: dict[str, float] = field(default_factory=dict)  # relative, by output
     rates: dict[str, float] = field(default_factory=dict)  # units a second
     facts: dict[str, float | str] = field(default_factory=dict)
@@ -205,6 +206,7 @@ def _measure(
             return
     work.step()  # the first call compiles, tunes and caches
     release(device)
+    result.held_gib = torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else None
     result.peak_gib = peak_gib(work.step, device)
     timed = median_seconds(work.step, device=device, warmup=warmup, repeats=repeats, most_seconds=most_seconds)
     result.seconds, result.slowest_seconds, result.repeats = timed

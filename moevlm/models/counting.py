@@ -6,6 +6,7 @@ softmax, embeddings and gathers are left out, as FLOP counters do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,44 @@ def count_flops(vlm: VLM, *, sequence_length: int | None = None) -> ForwardFlops
     )
 
 
+def training_flops(vlm: VLM, lengths: Sequence[int], *, num_targets: int, num_images: int) -> float:
+    """Operations of a forward and backward pass over a packed row: the numerator of a model's FLOP utilisation (MFU).
+
+    Per row and activated weight 2 forward, 2 more where a gradient passes it and 2 more where it is trained; of
+    attention's own products as many forward and twice as many backward (PaLM, arXiv:2204.02311, appendix B, for a
+    partly frozen model). What is computed again in the backward pass does not count. A gradient passes a layer if
+    anything before or in it trains.
+
+    Args:
+        vlm: already frozen.
+        lengths: [B] tokens of each sequence, visual ones included.
+        num_targets: supervised tokens, whose logits are made.
+        num_images: pictures that the vision encoder sees.
+    """
+    config, num_tokens = vlm.language_model.config, sum(lengths)
+    passes, images, moe_layers = False, 0.0, vlm.moe_layers
+    if vlm.vision_encoder is not None and vlm.connector is not None:
+        passes = _trains(vlm.vision_encoder)
+        images += _encoder_flops(vlm.vision_encoder) * (3 if passes else 1)
+        images -= _patch_flops(vlm.vision_encoder) * passes  # none to the pixels
+        for part in vlm.connector.modules():  # its linear maps follow one another
+            if isinstance(part, nn.Linear):
+                images += vlm.connector.num_tokens * _passed_flops(part, passes=passes)
+                passes = passes or part.weight.requires_grad
+    total = images * num_images
+    passes = passes or _trains(vlm.language_model.get_input_embeddings())
+    for index, layer in enumerate(decoder_layers(vlm.language_model)):
+        passes = passes or _trains(layer)
+        window = _window(config, index)
+        pairs = sum(length * _mean_keys(length, window) for length in lengths)
+        total += (3 if passes else 1) * pairs * 2.0 * config.num_attention_heads * sum(_head_sizes(config))
+        total += num_tokens * _passed_flops(layer, passes=passes)
+        if index in moe_layers:
+            total += num_tokens * _expert_training_flops(moe_layers[index], passes=passes)
+    head = vlm.head.weight
+    return total + num_targets * 2.0 * head.numel() * (1 + passes + head.requires_grad)
+
+
 def rows_per_token(layer: SparseMoE) -> float:
     """Expert rows per token that a static buffer of the training capacity computes: ``E * C / T``, rounding left out.
 
@@ -101,6 +140,24 @@ def _linear_flops(module: nn.Module) -> float:
     """Every nn.Linear below `module` runs once per token; in_features, as a quantised weight has another shape."""
     linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
     return sum(2.0 * part.in_features * part.out_features for part in linears)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _passed_flops(module: nn.Module, *, passes: bool) -> float:
+    """Forward and backward of the linear maps below `module`, a row through each."""
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    return sum(2.0 * p.in_features * p.out_features * (1 + passes + p.weight.requires_grad) for p in linears)
+
+
+def _expert_training_flops(layer: SparseMoE, *, passes: bool) -> float:
+    """Forward and backward of router and experts, per token."""
+    beside = [part for part in (layer.shared_expert, layer.residual_expert) if part is not None]
+    router = 2.0 * layer.router.weight.numel() * (1 + passes + layer.router.weight.requires_grad)
+    routed = layer.top_k * _row_flops(layer.experts) * (1 + passes + _trains(layer.experts))
+    return routed + sum(_row_flops(p) * (1 + passes + _trains(p)) for p in beside) + router
 
 
 def _head_sizes(config: Any) -> tuple[int, int]:
@@ -138,4 +195,8 @@ def _encoder_flops(encoder: VisionEncoder) -> float:
     num_tokens = num_patches + vit.num_prefix_tokens
     blocks = sum(_linear_flops(block) for block in vit.blocks)
     attention = 4.0 * len(vit.blocks) * encoder.width * num_tokens
-    return 2.0 * num_patches * vit.patch_embed.proj.weight.numel() + num_tokens * (blocks + attention)
+    return _patch_flops(encoder) + num_tokens * (blocks + attention)
+
+
+def _patch_flops(encoder: VisionEncoder) -> float:
+    return 2.0 * encoder.vit.patch_embed.num_patches * encoder.vit.patch_embed.proj.weight.numel()

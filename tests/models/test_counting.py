@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moevlm.models.counting import count_flops, rows_per_token
+from moevlm.models.counting import count_flops, rows_per_token, training_flops
 from moevlm.models.freezing import format_trainable_table, freeze_except, sum_of_parts, trainable_table
 from tests.families import FAMILIES, family_config
 from tests.tiny import IMAGE_SIZE, tiny_batch, tiny_decoder_config, tiny_vlm
@@ -106,3 +106,35 @@ def test_the_table_has_a_column_for_each_count():
     table = format_trainable_table(trainable_table(freeze_except(tiny_vlm(MOE), ["router"])))
     assert table.splitlines()[0].split() == ["part", "parameters", "activated", "trainable"]
     assert "language_model experts" in table
+
+
+TRAINABLE = {
+    "everything": [""],
+    "decoder and connector": ["^connector", "^language_model"],
+    "feed-forward": [r"^language_model\..*\.mlp\.", "^connector"],
+    "connector": ["^connector"],
+}
+
+
+@pytest.mark.parametrize("moe", [None, MOE])
+@pytest.mark.parametrize("trainable", TRAINABLE)
+def test_a_training_step_is_what_torch_counts_forward_and_backward(trainable, moe):
+    """Of the linear maps; fused attention on a CPU is not counted, so it is taken out by its formula."""
+    decoder = tiny_decoder_config(tie_word_embeddings=False)
+    vlm = freeze_except(tiny_vlm(moe, language_model=decoder), TRAINABLE[trainable])
+    for block in vlm.vision_encoder.vit.blocks:
+        block.attn.fused_attn = False
+    batch = tiny_batch(("siqqaa", "sqqaaa", "iqaqa"))
+    with FlopCounterMode(display=False) as counter:
+        output = vlm(batch)
+        rows, _ = output.prediction_rows(batch.labels)
+        vlm.head.logits(output.hidden_states[rows]).sum().backward()
+    found = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    num_pairs = sum(length * (length + 1) / 2 for length in output.lengths)
+    attention = 3 * 4 * vlm.language_model.config.hidden_size * num_pairs * vlm.language_model.config.num_hidden_layers
+    expected = sum(flops for name, flops in found.items() if name.removeprefix("aten.") in KINDS)
+    flops = training_flops(vlm, output.lengths, num_targets=batch.num_targets, num_images=batch.num_images)
+    assert flops - attention == pytest.approx(expected)
+
+
+KINDS = ("mm", "addmm", "bmm", "convolution", "convolution_backward")
