@@ -179,9 +179,9 @@ def peak_gib(step: Callable[[], object], device: torch.device) -> float | None:
 
 
 def release(device: torch.device) -> None:
-    """Free what the last contender left."""
-    gc.collect()
+    """Free what the last contender left on a GPU."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
