@@ -29,6 +29,7 @@ class Sampling:
     temperature: float = 0.0  # 0 is greedy
     batch_size: int = 32
     seed: int = 0
+    decoding: str = "auto"  # how a step runs, see `moevlm.evaluation.decoding.Session`
 
 
 def teacher_answers(
@@ -139,6 +140,7 @@ def _answer(
         batch_size=sampling.batch_size,
         temperature=sampling.temperature,
         generator=torch.Generator(device).manual_seed(sampling.seed),
+        decoding=sampling.decoding,
     )
     return [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
 

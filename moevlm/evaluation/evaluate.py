@@ -45,6 +45,7 @@ def evaluate_folder(
     routing: str = "learned",
     seed: int = 0,
     perplexity: bool = True,
+    decoding: str = "auto",
     max_rejected_fraction: float = 0.05,
     progress: bool = True,
 ) -> Scores:
@@ -62,6 +63,7 @@ def evaluate_folder(
         routing: "learned", or "random": every token goes to random experts, to show how much these differ.
         seed: of random routing.
         perplexity: also score the gold answers under teacher forcing.
+        decoding: how an answer's steps run, see `moevlm.evaluation.decoding.Session`.
         max_rejected_fraction: share of records that may be unusable.
         progress: show a bar for each benchmark.
 
@@ -79,6 +81,7 @@ def evaluate_folder(
     processor = Processor.from_pretrained(model_folder)
     limits = limit if isinstance(limit, Mapping) else dict.fromkeys((benchmark.name for benchmark in chosen), limit)
     options: dict[str, Any] = {"batch_size": batch_size, "perplexity": perplexity, "progress": progress}
+    options["decoding"] = decoding
     folder = Path(output_folder)
     scores: Scores = {}
     with random_routing(vlm, seed=seed) if routing == "random" else contextlib.nullcontext():
@@ -90,7 +93,11 @@ def evaluate_folder(
     if vlm.moe_layers:
         scores["experts"] = expert_distances(vlm)
     settings = {"model_folder": str(model_folder), "routing": routing, "seed": seed, "limit": limit, "dtype": dtype}
-    settings |= {"batch_size": batch_size, "device": str(next(vlm.parameters()).device), "decoding": "greedy"}
+    settings |= {
+        "batch_size": batch_size,
+        "device": str(next(vlm.parameters()).device),
+        "decoding": f"greedy, {decoding}",
+    }
     settings["benchmarks"] = {benchmark.name: _describe(benchmark) for benchmark in chosen}
     settings["versions"] = {"moevlm": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
     _write_json(folder / "evaluation.json", settings)
@@ -107,6 +114,7 @@ def answer_benchmark(
     batch_size: int = 32,
     perplexity: bool = True,
     progress: bool = True,
+    decoding: str = "auto",
 ) -> tuple[list[Row], list[Rejection]]:
     """Answer the last question of every record; earlier turns are given as they are in the record.
 
@@ -130,7 +138,7 @@ def answer_benchmark(
             stops = processor.stop_token_ids
             answers = generate(
                 vlm, prompts, max_new_tokens=benchmark.max_new_tokens, eos_token_ids=stops, batch_size=batch_size,
-                on_batch=bar.update,
+                on_batch=bar.update, decoding=decoding,
             )  # fmt: skip
             for (row, _, _), answer in zip(usable, answers):
                 row["answer"] = processor.tokenizer.decode(answer, skip_special_tokens=True).strip()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from moevlm.batch import DEFAULT_VIEW, IMAGE_TOKEN_ID, EncodedSample
+from moevlm.evaluation.decoding import Session
 from moevlm.models.decoder import context_length
 from moevlm.models.vlm import VLM
-from moevlm.preprocessing.collate import pack
 
 
 @torch.no_grad()
@@ -26,6 +26,7 @@ def generate(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
     keep_going: Callable[[bool], bool] = bool,
+    decoding: str = "auto",
 ) -> list[list[int]]:
     """Continue every prompt with its most likely token, or a drawn one, until an end token.
 
@@ -45,13 +46,14 @@ def generate(
         generator: of the draws, on the model's device; they depend on how prompts share batches.
         keep_going: asked after each token with whether an answer still runs; ranks that share a sharded model must
             answer alike, as each of them takes part in every token.
+        decoding: how a step runs, see `Session`: auto, fused, graph, eager or dynamic.
 
     Returns:
         Token ids of each answer, in the order of the prompts.
 
     Raises:
-        ValueError: the model is in training mode, temperature is negative, a number is less than 1, or prompt and
-            answer exceed the context.
+        ValueError: the model is in training mode, temperature is negative, a number is less than 1, prompt and
+            answer exceed the context, or `decoding` is unknown or does not fit the model.
     """
     if vlm.training:
         raise ValueError("generation needs the model in eval mode; call vlm.eval() first")
@@ -66,76 +68,76 @@ def generate(
     _check_context(vlm, prompts, lengths, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: (-lengths[index], index))
     answers: list[list[int]] = [[] for _ in prompts]
+    size = {"batch_size": min(batch_size, len(prompts)), "max_length": max(lengths, default=0) + max_new_tokens}
+    session = Session(vlm, decoding, view=view, **size)
+    ends = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=session.device)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         samples = [prompts[index] for index in chosen]
-        options = (view, temperature, generator, keep_going)
-        for index, answer in zip(chosen, _generate_batch(vlm, samples, max_new_tokens, eos_token_ids, *options)):
+        found = generate_batch(
+            session, samples, max_new_tokens, ends, temperature=temperature, generator=generator, keep_going=keep_going
+        )
+        for index, answer in zip(chosen, found):
             answers[index] = answer
         if on_batch is not None:
             on_batch(len(chosen))
     return answers
 
 
-def _generate_batch(
-    vlm: VLM,
+@torch.no_grad()
+def generate_batch(
+    session: Session,
     prompts: Sequence[EncodedSample],
     max_new_tokens: int,
-    eos_token_ids: Collection[int],
-    view: str,
-    temperature: float,
-    generator: torch.Generator | None,
-    keep_going: Callable[[bool], bool],
+    ends: Tensor,
+    *,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    keep_going: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
-    device = next(vlm.parameters()).device
-    inputs = vlm.embed(pack(prompts).to(device), view)
-    lengths_B = torch.tensor(inputs.splice.lengths, device=device)
-    longest = max(inputs.splice.lengths)
-    columns_S = torch.arange(longest, device=device)
-    position_ids_BS = columns_S - (longest - lengths_B)[:, None]
-    real_BS = position_ids_BS >= 0
-    embeds_BSD = inputs.inputs_embeds.new_zeros(*real_BS.shape, inputs.inputs_embeds.shape[-1])
-    embeds_BSD[real_BS] = inputs.inputs_embeds  # both in the order of sequences, then of tokens
-    cache = vlm.new_cache(inputs)
-    hidden_BD = vlm.decode(
-        embeds_BSD,
-        attention_mask=_prefill_mask(real_BS),
-        position_ids=position_ids_BS.clamp(min=0),
-        past_key_values=cache,
-        token_mask=real_BS,
-    )[:, -1]
-    ends = torch.tensor(sorted(eos_token_ids), dtype=torch.int64, device=device)
-    running_B = torch.ones_like(lengths_B, dtype=torch.bool)
+    """One batch of `generate` in an open session, at most of its size; `ends` are the ids that end an answer."""
+    logits_BV = session.start(prompts)
+    running_B = torch.ones(len(prompts), dtype=torch.bool, device=logits_BV.device)
+    looks_back = temperature == 0 and keep_going is bool and logits_BV.is_cuda
+    asked = _LateAnswer() if looks_back else None
     steps: list[Tensor] = []  # [B] each; -1 once an answer has ended
     for step in range(max_new_tokens):
-        token_B = _choose(vlm.head.logits(hidden_BD), temperature, generator)
+        token_B = _choose(logits_BV, temperature, generator)
         running_B = running_B & ~torch.isin(token_B, ends)
         steps.append(token_B.masked_fill(~running_B, -1))
-        if step + 1 == max_new_tokens or not keep_going(bool(running_B.any())):
+        is_running = running_B.any()
+        if step + 1 == max_new_tokens or not keep_going(bool(is_running) if asked is None else asked(is_running)):
             break
-        real_BS = torch.cat([real_BS, torch.ones_like(running_B)[:, None]], dim=1)
-        hidden_BD = vlm.decode(
-            vlm.embed_tokens(token_B)[:, None],
-            attention_mask=real_BS[:, None, None],
-            position_ids=(lengths_B + step)[:, None],
-            past_key_values=cache,
-            token_mask=running_B[:, None],
-        )[:, -1]
+        logits_BV = session.advance(token_B, running_B)
     return [[token for token in row if token >= 0] for row in torch.stack(steps, dim=1).tolist()]
+
+
+class _LateAnswer:
+    """A flag of the device as it was one call ago, so that the host queues a step while the last one still runs.
+
+    The price is one step too many at the end of a batch, whose tokens count as ended.
+    """
+
+    def __init__(self) -> None:
+        self.flags = torch.ones(2, dtype=torch.bool).pin_memory()
+        self.events = [torch.cuda.Event(), torch.cuda.Event()]
+        self.num_calls = 0
+
+    def __call__(self, flag: Tensor) -> bool:
+        now, before = self.num_calls % 2, (self.num_calls + 1) % 2
+        self.flags[now].copy_(flag, non_blocking=True)
+        self.events[now].record()
+        self.num_calls += 1
+        if self.num_calls == 1:
+            return True
+        self.events[before].synchronize()
+        return bool(self.flags[before])
 
 
 def _choose(logits_BV: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
     return torch.multinomial(torch.softmax(logits_BV / temperature, dim=-1), 1, generator=generator).squeeze(1)
-
-
-def _prefill_mask(real_BS: Tensor) -> Tensor:
-    """[B, 1, S, S] causal among real tokens; padding sees itself, since a row that sees nothing gives NaN."""
-    num_columns = real_BS.shape[1]
-    causal_SS = torch.ones(num_columns, num_columns, dtype=torch.bool, device=real_BS.device).tril()
-    itself_SS = torch.eye(num_columns, dtype=torch.bool, device=real_BS.device)
-    return ((causal_SS & real_BS[:, None]) | itself_SS)[:, None]
 
 
 def _spliced_length(vlm: VLM, prompt: EncodedSample, view: str) -> int:

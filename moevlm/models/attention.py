@@ -164,6 +164,7 @@ def packed_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    query_position: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal softmax attention, per sequence of a packed row or, without `packed_sequences`, with the mask given.
@@ -174,11 +175,13 @@ def packed_attention(
         packed_sequences: handed through the decoder's keyword arguments, or by a `PackedMask`.
         sliding_window: keys further back than this are not seen (Mistral, arXiv:2310.06825).
         softcap: ``c * tanh(scores / c)`` (Gemma 2, arXiv:2408.00118).
+        query_position: [S] column of each query, in generation from a pinned cache; None: the last S columns.
     """
     if isinstance(attention_mask, PackedMask):
         packed_sequences, attention_mask = attention_mask.packed_sequences, None
     options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, **kwargs}
     if packed_sequences is None:
+        options["query_position"] = query_position
         return _attend(module, query, key, value, attention_mask, dropout=dropout, **options), None
     if packed_sequences.keep:
         _keep_states(module, query, key, packed_sequences, options)
@@ -229,23 +232,26 @@ def _attend(
     scaling: float | None,
     sliding_window: int | None,
     softcap: float | None,
+    query_position: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """[B, H, S, d] three times -> [B, S, H, d]; causal without a mask."""
-    mask = _window_mask(query, key, mask, sliding_window)
+    mask = _window_mask(query, key, mask, sliding_window, query_position)
     if softcap is not None:
         return _softcapped(query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap)
     output_BSHD, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     return output_BSHD
 
 
-def _window_mask(query: Tensor, key: Tensor, mask: Tensor | None, sliding_window: int | None) -> Tensor | None:
+def _window_mask(
+    query: Tensor, key: Tensor, mask: Tensor | None, sliding_window: int | None, query_position: Tensor | None = None
+) -> Tensor | None:
     """The mask narrowed to a sliding window, where one is in force and shorter than the keys."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     if sliding_window is None or num_keys <= sliding_window:
         return mask
     key_places = torch.arange(num_keys, device=key.device)
-    query_places = key_places[num_keys - num_queries :, None]
+    query_places = (key_places[num_keys - num_queries :] if query_position is None else query_position)[:, None]
     window = (key_places > query_places - sliding_window) & (key_places <= query_places)
     if mask is None:
         return window[None, None]

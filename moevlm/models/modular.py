@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from moevlm.batch import DEFAULT_VIEW, Segment, VLMBatch, VLMOutput
 from moevlm.models.attention import PackedSequences
@@ -128,8 +128,9 @@ class ModularVLM(VLM):
 
     # generation
 
-    def new_cache(self, inputs: SplicedInputs) -> Any:
-        return ModularCache(self.router_logits(inputs).argmax(dim=-1).tolist(), len(self.decoders))
+    def new_cache(self, inputs: SplicedInputs, size: tuple[int, int] | None = None) -> Any:
+        choices = self.router_logits(inputs).argmax(dim=-1).tolist()
+        return ModularCache(choices, [super(ModularVLM, self).new_cache(inputs, size) for _ in self.decoders])
 
     def decode(
         self,
@@ -139,8 +140,10 @@ class ModularVLM(VLM):
         position_ids: Tensor,
         past_key_values: Any,
         token_mask: Tensor | None,
+        position: Tensor | None = None,
     ) -> Tensor:
         """As `VLM.decode`, with a cache of `new_cache`; an expert runs on the rows that chose it. Not under FSDP2."""
+        assert position is None, "which rows an expert runs on is the host's choice"
         assert isinstance(past_key_values, ModularCache), "a modular model decodes with a cache of new_cache"
         common = self.num_experts if self.has_common else -1
         hidden_BSD = torch.zeros_like(inputs_embeds)
@@ -203,9 +206,9 @@ class ModularVLM(VLM):
 class ModularCache:
     """One key-value cache for each expert, of the rows that chose it."""
 
-    def __init__(self, choices: Sequence[int], num_decoders: int) -> None:
+    def __init__(self, choices: Sequence[int], caches: Sequence[Cache]) -> None:
         self.choices = list(choices)  # [B] the expert of each row
-        self.caches = [DynamicCache() for _ in range(num_decoders)]
+        self.caches = list(caches)
 
 
 def _without_embeddings(language_model: PreTrainedModel) -> nn.Module:

@@ -16,6 +16,7 @@ from moevlm.models.attention import PackedSequences
 from moevlm.models.connector import Connector
 from moevlm.models.decoder import context_length, decoder_layers, language_model_head
 from moevlm.models.execution import checkpoint_function, checkpoint_policies, compile_layers
+from moevlm.models.key_value_cache import FixedCache
 from moevlm.models.moe.moe_layer import SparseMoE
 from moevlm.models.moe.recorder import RoutingRecorder
 from moevlm.models.splicing import SplicedInputs, make_splice, spliced_lengths
@@ -174,9 +175,16 @@ class VLM(nn.Module):
         """The batch as the decoder sees it; generation prefills from this."""
         return self._splice(batch, self._visual_features(batch, view), view)
 
-    def new_cache(self, inputs: SplicedInputs) -> Any:
-        """An empty key-value cache for `decode` of these inputs."""
-        return DynamicCache()
+    def new_cache(self, inputs: SplicedInputs, size: tuple[int, int] | None = None) -> Any:
+        """An empty key-value cache for `decode` of these inputs.
+
+        Args:
+            size: rows and columns of a cache of fixed size; None for one that grows.
+        """
+        if size is None:
+            return DynamicCache()
+        num_layers = self.language_model.config.num_hidden_layers
+        return FixedCache(num_layers, batch_size=size[0], max_length=size[1])
 
     def decode(
         self,
@@ -186,6 +194,7 @@ class VLM(nn.Module):
         position_ids: Tensor,
         past_key_values: Cache | None,
         token_mask: Tensor | None,
+        position: Tensor | None = None,
     ) -> Tensor:
         """Run the decoder on padded input with a key-value cache.
 
@@ -195,17 +204,21 @@ class VLM(nn.Module):
             position_ids: [B, S], counted without padding.
             past_key_values: a transformers Cache, extended in place; None for no cache.
             token_mask: [B, S] bool, True for real tokens: padding never reaches a router. None: all are real.
+            position: [1] int64, to what the cache is pinned: the column of the one new token. The mask then spans the
+                whole cache, and nothing of the call depends on the host.
 
         Returns:
             [B, S, D] hidden states after the final norm.
         """
-        with self.recorder.open(token_mask=token_mask):
+        is_static = position is not None
+        with self.recorder.open(token_mask=token_mask, static=is_static):
             output = self.language_model.get_decoder()(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=past_key_values is not None,
+                **({"query_position": position} if is_static else {}),
             )
         return output.last_hidden_state  # type: ignore[no-any-return]
 

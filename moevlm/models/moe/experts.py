@@ -92,6 +92,17 @@ class StackedExperts(nn.Module):
                 outputs.append(self._run(chunk_RD, projections))
         return torch.cat(outputs)
 
+    @property
+    def is_swiglu(self) -> bool:
+        """Whether the experts compute ``down(silu(gate(x)) * up(x))`` without biases."""
+        gated = self.projection_names == GATED_FFNS[0] and is_silu(self.activation)
+        return gated and all(getattr(self, f"{name}_bias") is None for name in self.projection_names)
+
+    def run_one(self, expert: int, rows_RD: Tensor) -> Tensor:
+        """One expert on all rows."""
+        names = self.projection_names
+        return self._run(rows_RD, [(self.get_parameter(name)[expert], self._bias(name)[expert]) for name in names])
+
     def _bias(self, name: str) -> Sequence[Tensor | None]:
         bias: Tensor | None = getattr(self, f"{name}_bias")
         return [None] * self.num_experts if bias is None else bias.unbind(0)
@@ -103,6 +114,11 @@ class StackedExperts(nn.Module):
             return linear(self.activation(linear(rows_RD, *gate)) * linear(rows_RD, *up), *down)
         first, second = projections
         return linear(self.activation(linear(rows_RD, *first)), *second)
+
+
+def is_silu(activation: nn.Module) -> bool:
+    """Whether an activation is ``x * sigmoid(x)``; transformers has a class of its own for it."""
+    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
 def dense_parts(ffn: nn.Module) -> tuple[list[Projection], nn.Module]:

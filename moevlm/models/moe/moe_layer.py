@@ -12,6 +12,7 @@ from moevlm.models.moe.recorder import RoutingRecorder
 from moevlm.models.moe.router import Router
 from moevlm.models.moe.settings import MoESettings
 from moevlm.ops.capacity import expert_capacity
+from moevlm.ops.decode import Choices, gated_ffn
 from moevlm.ops.deepspeed import deepspeed_routing
 from moevlm.ops.dispatch import combine, dispatch_by_expert, permute
 from moevlm.ops.routing import top_k_routing
@@ -68,6 +69,8 @@ class SparseMoE(nn.Module):
         """[..., D] -> [..., D]; rows that the recorder's token mask calls padding are skipped and come out as 0."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         token_mask = self.recorder.token_mask
+        if self.recorder.is_static:  # a row that no longer runs comes out as its shared part; nobody reads it
+            return self._mix(hidden_TD).view_as(hidden_states)
         if token_mask is None:
             return self._mix(hidden_TD).view_as(hidden_states)
         token_mask_T = token_mask.reshape(-1)
@@ -88,10 +91,34 @@ class SparseMoE(nn.Module):
 
     def _route(self, hidden_TD: Tensor) -> Tensor:
         routing = self._choose(self.router(hidden_TD))
+        if self.recorder.is_static:
+            return self._route_few(hidden_TD, routing)
         self.recorder.record(self.layer_index, routing)
         dispatch = dispatch_by_expert(routing.expert_ids, num_experts=self.num_experts, dropped_TK=routing.dropped)
         rows_MD = self.experts(permute(hidden_TD, dispatch, top_k=self.top_k), dispatch.counts)
         return combine(rows_MD, dispatch, routing.expert_weights * self.settings.weight_scale)
+
+    @property
+    def can_be_static(self) -> bool:
+        """Whether a decode step through this layer can be captured: no drops, no randomness, experts of their own."""
+        drops_nothing = self.settings.policy == "dropless" and self.router.random_generator is None
+        return drops_nothing and isinstance(self.experts, StackedExperts)
+
+    def _route_few(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
+        """`_route` for few tokens, without a question to the device; tokens that no longer run choose nothing."""
+        assert isinstance(self.experts, StackedExperts), "see can_be_static"
+        ids_TK, mask = routing.expert_ids.int(), self.recorder.token_mask
+        if mask is not None:
+            ids_TK = ids_TK.masked_fill(~mask.reshape(-1, 1), -1)
+        choices = Choices(ids_TK, routing.expert_weights * self.settings.weight_scale)
+        if self.experts.is_swiglu:
+            gate_EFD, up_EFD, down_EDF = self.experts.parameters()
+            return gated_ffn(hidden_TD, gate_EFD, up_EFD, down_EDF, choices)
+        mixed_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
+        for expert in range(self.num_experts):
+            share_T1 = (choices.weights * (ids_TK == expert)).sum(dim=1, keepdim=True)
+            mixed_TD += self.experts.run_one(expert, hidden_TD).float() * share_T1
+        return mixed_TD.to(hidden_TD.dtype)
 
     def _choose(self, router_logits_TE: Tensor) -> Routing:
         settings, bias_E = self.settings, self.router.selection_bias

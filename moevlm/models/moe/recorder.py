@@ -19,6 +19,7 @@ class RoutingRecorder:
 
     def __init__(self) -> None:
         self.token_mask: Tensor | None = None  # [B, S] bool, True for real tokens; None: every row is real
+        self.is_static = False  # a decode step whose shapes must not depend on what routers choose
         self._routings: dict[int, Routing] | None = None
 
     @property
@@ -26,20 +27,21 @@ class RoutingRecorder:
         return self._routings is not None
 
     @contextmanager
-    def open(self, token_mask: Tensor | None = None) -> Iterator[dict[int, Routing]]:
+    def open(self, token_mask: Tensor | None = None, *, static: bool = False) -> Iterator[dict[int, Routing]]:
         """Collect until the block ends; yields the records by decoder layer index.
 
         Args:
             token_mask: [B, S] bool for padded input (generation); MoE layers route the True tokens only.
+            static: MoE layers neither ask the device nor record anything, so that the call can be captured.
         """
         if self.is_open:
             raise RuntimeError("the routing recorder is open already: a model's forward cannot run inside itself")
         routings: dict[int, Routing] = {}
-        self._routings, self.token_mask = routings, token_mask
+        self._routings, self.token_mask, self.is_static = routings, token_mask, static
         try:
             yield routings
         finally:
-            self._routings, self.token_mask = None, None
+            self._routings, self.token_mask, self.is_static = None, None, False
 
     def record(self, layer_index: int, routing: Routing) -> None:
         """Keep the record of one layer, if open."""
