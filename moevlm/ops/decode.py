@@ -157,7 +157,7 @@ def gated_ffn(
     Returns:
         [B, D]; a token that no longer runs gets its residual.
     """
-    if plain or not has_kernels(x_BD.device):
+    if plain or not has_kernels(x_BD.device) or x_BD.shape[0] > MAX_ROWS:
         h_BD = x_BD if norm_D is None else rms_norm(x_BD, norm_D, eps)
         y_BD = _plain_ffn(h_BD, gate_EFD, up_EFD, down_EDF, choices)
         return y_BD if residual_BD is None else residual_BD + y_BD
