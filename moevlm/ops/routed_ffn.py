@@ -1,0 +1,209 @@
+"""The routed SwiGLU feed-forward of a sparse layer with a backward written by hand: no buffer lives that need not.
+
+Forward: sort the choices, copy each token to the rows of its experts, and per expert three products and one pass of
+weighted SwiGLU; add each token's rows up. Kept for the backward: tokens, gate and up. Backward: the activation is
+made again in the pass that makes the gradients of gate, up and the weights; buffers are those of one expert at a time. The
+products are cuBLAS's, expert by expert, from and into slices; the host reads the counts once, while tokens are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moevlm.ops.lanes import assign, open_lanes
+from moevlm.ops.steps import Steps, steps_for
+
+NUM_LANES = 2
+FEW_TOKENS = 64  # up to which a pass without gradient goes without cuBLAS and without the host
+
+
+class Choices(NamedTuple):
+    """Which experts the tokens take, and how much of each."""
+
+    expert_ids: Tensor  # [T, K] int64
+    weights: Tensor  # [T, K] float32
+    dropped: Tensor | None = None  # [T, K] bool
+
+
+class Experts(NamedTuple):
+    """Weights of E SwiGLU networks without biases: ``down(silu(gate(x)) * up(x))``."""
+
+    gate: Tensor  # [E, F, D]
+    up: Tensor  # [E, F, D]
+    down: Tensor  # [E, D, F]
+
+
+def routed_swiglu(hidden_TD: Tensor, choices: Choices, experts: Experts, *, steps: Steps | None = None) -> Tensor:
+    """``y_t = sum over k of weight_tk * expert_{id_tk}(x_t)`` (arXiv:1701.06538, Eq. 1; experts: arXiv:2002.05202).
+
+    The weight multiplies the activation instead of the output, where it needs no pass of its own; sums over experts
+    and of the weights' gradient run in float32.
+
+    Args:
+        hidden_TD: in the dtype of the experts.
+        steps: None chooses by device.
+
+    Returns:
+        [T, D] in the dtype of `hidden_TD`; gradients flow to tokens, weights and experts, to those that want one.
+    """
+    steps = steps or steps_for(hidden_TD)
+    row_of_choice_TK, choice_of_row_C, counts_E = steps.sort_choices(
+        choices.expert_ids, choices.dropped, num_experts=experts.gate.shape[0]
+    )
+    wants_grad = [tensor.requires_grad for tensor in (hidden_TD, choices.weights, *experts)]
+    keeps = torch.is_grad_enabled() and any(wants_grad)
+    if hidden_TD.shape[0] <= FEW_TOKENS and not keeps:
+        weights_TK = choices.weights.contiguous()
+        rows_CD = steps.few_token_rows(hidden_TD.contiguous(), weights_TK, *experts, choice_of_row_C, counts_E)
+        return steps.sum_rows(rows_CD, row_of_choice_TK)
+    return _RoutedSwiGLU.apply(  # type: ignore[no-any-return, no-untyped-call]
+        hidden_TD.contiguous(),
+        choices.weights.contiguous(),
+        *experts,
+        _Order(row_of_choice_TK, choice_of_row_C, _begin_read(counts_E)),
+        steps,
+        keeps,
+    )
+
+
+class _Order(NamedTuple):
+    row_of_choice: Tensor  # [T, K] int32
+    choice_of_row: Tensor  # [T * K] int32
+    read_counts: Callable[[], list[int]]
+
+
+class _RoutedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden_TD: Tensor,
+        weights_TK: Tensor,
+        gate_EFD: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        order: _Order,
+        steps: Steps,
+        keeps: bool,
+    ) -> Tensor:
+        top_k, width, inner = weights_TK.shape[1], hidden_TD.shape[1], gate_EFD.shape[1]
+        rows_CD = hidden_TD.new_empty(weights_TK.numel(), width)
+        if order.row_of_choice.device.type == "cuda":  # the copies run while the counts travel to the host
+            steps.gather_rows(hidden_TD, order.choice_of_row, rows_CD, top_k=top_k)
+        counts = order.read_counts()
+        num_rows = sum(counts)
+        rows_MD, choice_of_row_M = rows_CD[:num_rows], order.choice_of_row[:num_rows]
+        if order.row_of_choice.device.type != "cuda":
+            steps.gather_rows(hidden_TD, choice_of_row_M, rows_MD, top_k=top_k)
+        lanes_of = assign(counts, num_lanes=NUM_LANES)
+        with_backward = num_rows if keeps else 0
+        gate_MF, up_MF = (hidden_TD.new_empty(with_backward, inner) for _ in range(2))
+        buffers = [
+            _empty(hidden_TD, 1 if keeps else 3, max((counts[e] for e in lane), default=0), inner) for lane in lanes_of
+        ]
+        with open_lanes(hidden_TD.device, num_lanes=NUM_LANES) as lanes:
+            for lane, (mine, buffer) in enumerate(zip(lanes_of, buffers)):
+                with lanes.on(min(lane, len(lanes) - 1)):
+                    for e in mine:
+                        span = _span(counts, e)
+                        inner_RF = buffer[0][: counts[e]]
+                        gate_RF = gate_MF[span] if keeps else buffer[1][: counts[e]]
+                        up_RF = up_MF[span] if keeps else buffer[2][: counts[e]]
+                        torch.mm(rows_MD[span], gate_EFD[e].T, out=gate_RF)
+                        torch.mm(rows_MD[span], up_EFD[e].T, out=up_RF)
+                        steps.swiglu(gate_RF, up_RF, weights_TK, choice_of_row_M[span], inner_RF)
+                        torch.mm(inner_RF, down_EDF[e].T, out=rows_MD[span])  # the tokens' copies are not needed again
+        ctx.save_for_backward(
+            hidden_TD, weights_TK, gate_EFD, up_EFD, down_EDF, order.row_of_choice, choice_of_row_M, gate_MF, up_MF
+        )
+        ctx.counts, ctx.steps = counts, steps
+        return steps.sum_rows(rows_MD, order.row_of_choice)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc, no-untyped-call]
+    def backward(ctx: Any, output_grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TD, weights_TK, gate_EFD, up_EFD, down_EDF, row_of_choice_TK, choice_of_row_M, gate_MF, up_MF = (
+            ctx.saved_tensors
+        )
+        counts, steps, (wants_hidden, _, wants_gate, wants_up, wants_down, *_) = (
+            ctx.counts,
+            ctx.steps,
+            ctx.needs_input_grad,
+        )
+        top_k, num_rows = weights_TK.shape[1], gate_MF.shape[0]
+        output_grad_TD = output_grad_TD.contiguous()
+        weights_grad_TK = torch.zeros_like(weights_TK, dtype=torch.float32)
+        gate_grad, up_grad, down_grad = (
+            _empty_experts(weight, counts) if wants else None
+            for weight, wants in ((gate_EFD, wants_gate), (up_EFD, wants_up), (down_EDF, wants_down))
+        )
+        rows_grad_MD = hidden_TD.new_empty(num_rows if wants_hidden else 0, hidden_TD.shape[1])
+        lanes_of = assign(counts, num_lanes=NUM_LANES)
+        sizes = [max((counts[e] for e in lane), default=0) for lane in lanes_of]
+        wide = [_empty(hidden_TD, 3, size, gate_EFD.shape[1]) for size in sizes]
+        narrow = [hidden_TD.new_empty(size, hidden_TD.shape[1]) for size in sizes]
+        with open_lanes(hidden_TD.device, num_lanes=NUM_LANES) as lanes:
+            for lane, mine in enumerate(lanes_of):
+                with lanes.on(min(lane, len(lanes) - 1)):
+                    for e in mine:
+                        span, size = _span(counts, e), counts[e]
+                        choices_R, rows_RD = choice_of_row_M[span], narrow[lane][:size]
+                        grad_RF, inner_RF, up_grad_RF = (buffer[:size] for buffer in wide[lane])
+                        steps.gather_rows(output_grad_TD, choices_R, rows_RD, top_k=top_k)
+                        torch.mm(rows_RD, down_EDF[e], out=grad_RF)
+                        steps.swiglu_backward(
+                            gate_MF[span], up_MF[span], weights_TK, choices_R, grad_RF,
+                            out_RF=inner_RF, up_grad_RF=up_grad_RF, weights_grad_TK=weights_grad_TK,
+                        )  # fmt: skip
+                        if down_grad is not None:
+                            torch.mm(rows_RD.T, inner_RF, out=down_grad[e])
+                        if wants_hidden:
+                            torch.mm(grad_RF, gate_EFD[e], out=rows_grad_MD[span])
+                            rows_grad_MD[span].addmm_(up_grad_RF, up_EFD[e])
+                        if gate_grad is not None or up_grad is not None:
+                            steps.gather_rows(hidden_TD, choices_R, rows_RD, top_k=top_k)
+                        if gate_grad is not None:
+                            torch.mm(grad_RF.T, rows_RD, out=gate_grad[e])
+                        if up_grad is not None:
+                            torch.mm(up_grad_RF.T, rows_RD, out=up_grad[e])
+        del wide, narrow
+        hidden_grad_TD = steps.sum_rows(rows_grad_MD, row_of_choice_TK) if wants_hidden else None
+        return hidden_grad_TD, weights_grad_TK.to(weights_TK.dtype), gate_grad, up_grad, down_grad, None, None, None
+
+
+def _begin_read(counts_E: Tensor) -> Callable[[], list[int]]:
+    """Start to copy the counts to the host; the function returned waits for that copy alone, not for later work."""
+    if not counts_E.is_cuda:
+        return counts_E.tolist
+    pinned_E = torch.empty(counts_E.shape, dtype=counts_E.dtype, pin_memory=True)
+    pinned_E.copy_(counts_E, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return pinned_E.tolist()
+
+    return read
+
+
+def _span(counts: Sequence[int], expert: int) -> slice:
+    first = sum(counts[:expert])
+    return slice(first, first + counts[expert])
+
+
+def _empty(like: Tensor, number: int, rows: int, columns: int) -> list[Tensor]:
+    return [like.new_empty(rows, columns) for _ in range(number)]
+
+
+def _empty_experts(weight_EIO: Tensor, counts: Sequence[int]) -> Tensor:
+    """A gradient to be written expert by expert; zero for the experts without a row."""
+    grad = torch.empty_like(weight_EIO, memory_format=torch.contiguous_format)
+    for expert, count in enumerate(counts):
+        if count == 0:
+            grad[expert].zero_()
+    return grad
