@@ -5,7 +5,6 @@ Each function takes `Weights` and returns a `Layer`. Imports stand inside, so th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -50,9 +49,9 @@ class Layer:
     gradients: Callable[[], Mapping[str, Tensor | None]]
 
 
-def ours(weights: Weights) -> Layer:
-    """This suite's layer."""
-    settings = MoESettings(num_experts=weights.num_experts, top_k=weights.top_k)
+def ours(weights: Weights, *, kernel: str) -> Layer:
+    """This suite's layer, by fused kernels or plain operations."""
+    settings = MoESettings(num_experts=weights.num_experts, top_k=weights.top_k, kernel=kernel)
     router = Router(weights.router.shape[1], weights.num_experts).to(weights.router.device)
     with torch.no_grad():
         router.weight.copy_(weights.router)
@@ -74,7 +73,7 @@ def dense(weights: Weights) -> Layer:
     return Layer(forward, own, lambda: {name: tensor.grad for name, tensor in own.items()})
 
 
-def einsum_dispatch(weights: Weights, *, capacity_factor: float) -> Layer:
+def einsum_dispatch(weights: Weights, *, capacity: int) -> Layer:
     """One-hot dispatch and combine tensors [T, E, C], as GShard (arXiv:2006.16668, Alg. 1) and DeepSpeed 0.9.5 do.
 
     Every expert computes all of its C places, filled or not, and both einsums cost T * E * C * D.
@@ -84,7 +83,6 @@ def einsum_dispatch(weights: Weights, *, capacity_factor: float) -> Layer:
 
     def forward(hidden_TD: Tensor) -> Tensor:
         weights_TK, ids_TK = _mixtral_routing(hidden_TD, own["router"], top_k)
-        capacity = math.ceil(len(hidden_TD) * top_k / num_experts * capacity_factor)
         chosen_TKE = one_hot(ids_TK, num_experts)
         queue_ME = chosen_TKE.transpose(0, 1).reshape(-1, num_experts)  # first choices first
         places_ME = (queue_ME.cumsum(0) - 1) * queue_ME
@@ -137,6 +135,8 @@ def transformers_experts(weights: Weights, *, implementation: str) -> Layer:
 
 def liger_experts(weights: Weights) -> Layer:
     """Liger's fused MoE kernels behind Mixtral's routing."""
+    if not weights.gate.is_cuda:
+        raise RuntimeError("Liger's kernels need a GPU")
     from liger_kernel.transformers.swiglu import LigerExperts
 
     num_experts, inner, width = weights.gate.shape

@@ -12,7 +12,7 @@ from moevlm.models.adapters import add_lora
 from moevlm.models.connector import build_connector
 from moevlm.models.decoder import build_decoder
 from moevlm.models.inheriting import fetch_connector, keep_layers
-from moevlm.models.moe.settings import INITIAL_KEYS, MoESettings
+from moevlm.models.moe.settings import INITIAL_KEYS, RUNNING_KEYS, MoESettings
 from moevlm.models.pretrained import cast_parameters, load_pretrained, read_config
 from moevlm.models.upcycling import make_sparse, resolved
 from moevlm.models.varlen import check_kernel_name
@@ -125,13 +125,15 @@ def _make_sparse(vlm: VLM, moe: dict[str, Any], seed: int, weights: str | None) 
     differences = [
         f"{key} is {found[key]}, not {wanted[key]}"
         for key in wanted
-        if key not in INITIAL_KEYS and found[key] != wanted[key]
+        if key not in (*INITIAL_KEYS, *RUNNING_KEYS) and found[key] != wanted[key]
     ]
     if differences:
         raise ValueError(
             f"{weights} is sparse already, and otherwise than asked: {'; '.join(differences)}; set model.moe=null to "
             "take it as it is, or model.weights to a dense folder"
         )
+    for layer in vlm.moe_layers.values():
+        layer.use_kernel(settings.kernel)
     return vlm
 
 

@@ -54,7 +54,9 @@ def shard(vlm: VLM, device_mesh: DeviceMesh | None, *, param_dtype: str | None =
     for router in [module for module in vlm.modules() if isinstance(module, Router)]:
         # a group of its own keeps a router in float32, and makes its weights whole whenever the gradient of its routing
         # record arrives, which does not pass through the layer's output
-        router_policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        router_policy = MixedPrecisionPolicy(
+            param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         own = {key: value for key, value in options.items() if key != "shard_placement_fn"}
         fully_shard(router, mp_policy=router_policy, **own)
     for block in blocks_of(vlm):

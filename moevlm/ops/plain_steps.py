@@ -1,6 +1,6 @@
 """The steps of a routed SwiGLU layer, slow and plain: what the Triton kernels compute, and what a CPU runs.
 
-``choice`` c = t * K + k numbers the flattened choices; ``row`` numbers the kept choices ordered by expert, then by token.
+``choice`` c = t * K + k numbers the flattened choices; ``row`` numbers the kept ones ordered by expert, then by token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def sort_choices(
         dropped_TK: choices that get no row; None: all have one.
 
     Returns:
-        [T, K] int32, -1 where dropped; [T * K] int32, of which only the first ``counts.sum()`` mean something; [E] int32.
+        [T, K] int32, -1 where dropped; [T * K] int32, only the first ``counts.sum()`` mean something; [E] int32.
     """
     ids_C = expert_ids_TK.flatten()
     if dropped_TK is not None:
@@ -48,7 +48,7 @@ def sum_rows(rows_MD: Tensor, row_of_choice_TK: Tensor) -> Tensor:
 
 
 def swiglu(gate_RF: Tensor, up_RF: Tensor, weights_TK: Tensor, choice_of_row_R: Tensor, out_RF: Tensor) -> None:
-    """``out = w * silu(gate) * up``, w the weight of a row's choice (GLU variants, arXiv:2002.05202; the weight is ours).
+    """``out = w * silu(gate) * up``, w the weight of a row's choice (SwiGLU, arXiv:2002.05202; the weight is ours).
 
     A weight inside the expert is a weight on its output, as the last map is linear, and saves a pass over the output.
     """
@@ -68,7 +68,7 @@ def swiglu_backward(
     up_grad_RF: Tensor,
     weights_grad_TK: Tensor,
 ) -> None:
-    """The gradients of `swiglu` given that of its result, ``grad``; and its result once more, for the last map's gradient.
+    """The gradients of `swiglu` given that of its result, ``grad``; and its result again, for the last map's gradient.
 
     ``grad_RF`` is overwritten with the gradient of gate. Of ``weights_grad_TK`` the choices of these rows are written.
     """
@@ -115,7 +115,9 @@ def router_logits(hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return linear(hidden_TD.float(), weight_ED)
 
 
-def router_hidden_grad(logits_grad_TE: Tensor, weight_ED: Tensor, passed_TD: Tensor | None, dtype: torch.dtype) -> Tensor:
+def router_hidden_grad(
+    logits_grad_TE: Tensor, weight_ED: Tensor, passed_TD: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """``passed + logits_grad @ weight``, added in float32; `passed_TD` is the gradient that came past the router."""
     grad_TD = logits_grad_TE @ weight_ED
     return (grad_TD if passed_TD is None else grad_TD + passed_TD.float()).to(dtype)

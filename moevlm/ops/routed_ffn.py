@@ -2,8 +2,9 @@
 
 Forward: sort the choices, copy each token to the rows of its experts, and per expert three products and one pass of
 weighted SwiGLU; add each token's rows up. Kept for the backward: tokens, gate and up. Backward: the activation is
-made again in the pass that makes the gradients of gate, up and the weights; buffers are those of one expert at a time. The
-products are cuBLAS's, expert by expert, from and into slices; the host reads the counts once, while tokens are copied.
+made again in the pass that makes the gradients of gate, up and the weights; buffers are those of one expert at a time.
+The products are cuBLAS's, expert by expert, from and into slices; the host reads the counts once, while the tokens are
+copied.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from moevlm.ops.lanes import assign, open_lanes
 from moevlm.ops.steps import Steps, steps_for
 
 NUM_LANES = 2
+MOST_EXPERTS = 128  # tiles of the kernels hold a number for each
 FEW_TOKENS = 64  # up to which a pass without gradient goes without cuBLAS and without the host
 
 
@@ -30,7 +32,7 @@ class Choices(NamedTuple):
     dropped: Tensor | None = None  # [T, K] bool
 
 
-class Experts(NamedTuple):
+class SwiGLUExperts(NamedTuple):
     """Weights of E SwiGLU networks without biases: ``down(silu(gate(x)) * up(x))``."""
 
     gate: Tensor  # [E, F, D]
@@ -38,7 +40,7 @@ class Experts(NamedTuple):
     down: Tensor  # [E, D, F]
 
 
-def routed_swiglu(hidden_TD: Tensor, choices: Choices, experts: Experts, *, steps: Steps | None = None) -> Tensor:
+def routed_swiglu(hidden_TD: Tensor, choices: Choices, experts: SwiGLUExperts, *, steps: Steps | None = None) -> Tensor:
     """``y_t = sum over k of weight_tk * expert_{id_tk}(x_t)`` (arXiv:1701.06538, Eq. 1; experts: arXiv:2002.05202).
 
     The weight multiplies the activation instead of the output, where it needs no pass of its own; sums over experts

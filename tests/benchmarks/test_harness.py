@@ -95,7 +95,7 @@ def test_an_unknown_choice_lists_the_known_ones(options: dict, message: str, tmp
 
 
 def test_a_run_leaves_a_line_about_itself_and_one_for_each_result(tmp_path: Path) -> None:
-    options = {"size": "tiny", "device": "cpu", "warmup": 0, "repeats": 1, "only": "balanced/ours"}
+    options = {"size": "tiny", "device": "cpu", "warmup": 0, "repeats": 1, "only": "balanced/fused"}
     results = run_suite("moe_layer", output=tmp_path, commit="abc", **options)
     about, *rows = [json.loads(line) for line in (tmp_path / "moe_layer.jsonl").read_text().splitlines()]
     assert (about["commit"], about["torch"], about["device_type"]) == ("abc", torch.__version__, "cpu")

@@ -17,10 +17,12 @@ NEED_A_GPU_OR_AN_INSTALLATION = {"liger", "scattermoe"}
 def test_contenders_that_run_on_a_cpu_agree_with_the_reference(tmp_path: Path) -> None:
     results = run_suite("moe_layer", size="tiny", device="cpu", output=tmp_path, warmup=0, repeats=1)
     failed = [result for result in results if result.status != "ok"]
+    failed = [result for result in failed if "CUDA graph" not in result.contender]
     assert {result.contender for result in failed} <= NEED_A_GPU_OR_AN_INSTALLATION, failed
     checked = [result for result in results if result.errors]
     assert len({result.contender for result in checked}) >= 4
-    assert {"output", "gate", "up", "down"} == set.intersection(*(set(result.errors) for result in checked))
+    trained = [result for result in checked if not result.case.startswith("decode")]
+    assert {"output", "gate", "up", "down"} == set.intersection(*(set(result.errors) for result in trained))
     assert {"hidden", "router"} <= set.union(*(set(result.errors) for result in checked))
 
 

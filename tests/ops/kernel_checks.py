@@ -1,4 +1,4 @@
-"""Each kernel against its plain twin. Run as a program under TRITON_INTERPRET=1 (tests/ops/test_kernels.py) or on a GPU."""
+"""Each kernel against its plain twin: run as a program under TRITON_INTERPRET=1, or from test_kernels.py on a GPU."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch.testing import assert_close
 
 from moevlm.ops import plain_steps
 from moevlm.ops.fused_router import router_logits
-from moevlm.ops.routed_ffn import Choices, Experts, routed_swiglu
+from moevlm.ops.routed_ffn import Choices, SwiGLUExperts, routed_swiglu
 from moevlm.ops.steps import PLAIN, triton_steps
 
 SHAPES = [  # tokens, experts, top_k, width, inner: odd ones, one expert, many, more choices than a block
     (5, 4, 2, 16, 24),
     (37, 3, 1, 33, 45),
-    (130, 8, 3, 20, 12),
+    (90, 128, 3, 20, 12),
     (1, 1, 1, 7, 5),
     (700, 5, 2, 8, 9),
     (50, 64, 8, 8, 16),
 ]
+LARGE = [(1000, 4, 2, 896, 1216), (515, 64, 8, 72, 200)]  # for a GPU
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
 
@@ -45,7 +46,7 @@ class Problem:
 
         self.normal = normal
         self.hidden_TD = normal(self.tokens, self.width) * self.width**0.5
-        self.parts = Experts(
+        self.parts = SwiGLUExperts(
             normal(self.experts, self.inner, self.width),
             normal(self.experts, self.inner, self.width),
             normal(self.experts, self.width, self.inner),
@@ -120,9 +121,10 @@ def check_router(problem: Problem) -> None:
 
 def check_few_tokens(problem: Problem) -> None:
     """The kernels without the host, against the plain loop."""
-    if problem.tokens > 64:
-        return
-    rows_TK, choices_M, counts_E = problem.order
+    is_interpreted = problem.hidden_TD.device.type == "cpu"
+    if problem.tokens > 64 or (is_interpreted and problem.hidden_TD.dtype == torch.bfloat16):
+        return  # Triton 3.9's interpreter multiplies the bits of bfloat16 numbers
+    _, choices_M, counts_E = problem.order
     arguments = (problem.hidden_TD, problem.weights_TK, *problem.parts, choices_M, counts_E)
     found_CD, expected_CD = triton_steps().few_token_rows(*arguments), PLAIN.few_token_rows(*arguments)
     assert_close(found_CD[: len(choices_M)], expected_CD[: len(choices_M)], **TOLERANCE[problem.hidden_TD.dtype])
@@ -138,7 +140,7 @@ def check_layer(problem: Problem) -> None:
         hidden, weights, gate, up, down, router = leaves
         logits_TE, hidden_TD = router_logits(hidden[:, ::2], router, steps=steps)
         choices = Choices(problem.ids_TK, weights, problem.dropped_TK)
-        output_TD = routed_swiglu(hidden_TD, choices, Experts(gate, up, down), steps=steps)
+        output_TD = routed_swiglu(hidden_TD, choices, SwiGLUExperts(gate, up, down), steps=steps)
         (output_TD.float().square().sum() + logits_TE.square().sum()).backward()
         results.append([output_TD, logits_TE, *(leaf.grad for leaf in leaves)])
     for found, expected in zip(*results):
@@ -165,15 +167,15 @@ def problems(device: str, shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, 
 
 
 if __name__ == "__main__":
-    assert os.environ.get("TRITON_INTERPRET") == "1"
+    place = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     torch.set_num_threads(1)
     failures = 0
-    for name, problem in problems("cpu", SHAPES):
-        for check in CHECKS if len(sys.argv) < 2 else sys.argv[1:]:
+    for name, problem in problems(place, [(SHAPES + LARGE)[int(number)] for number in sys.argv[1:]]):
+        for title, check in CHECKS.items():
             try:
-                CHECKS[check](problem)
-                print(f"ok {check} {name}")
+                check(problem)
+                print(f"ok {title} {name}", flush=True)
             except Exception as error:
                 failures += 1
-                print(f"FAILED {check} {name}: {type(error).__name__}: {error}")
+                print(f"FAILED {title} {name}: {type(error).__name__}: {error}", flush=True)
     sys.exit(failures > 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,9 @@ from moevlm.ops.capacity import expert_capacity
 from moevlm.ops.decode import Choices, gated_ffn
 from moevlm.ops.deepspeed import deepspeed_routing
 from moevlm.ops.dispatch import combine, dispatch_by_expert, permute
+from moevlm.ops.routed_ffn import MOST_EXPERTS, Choices, SwiGLUExperts, routed_swiglu
 from moevlm.ops.routing import top_k_routing
+from moevlm.ops.steps import has_kernels
 
 
 class SparseMoE(nn.Module):
@@ -39,7 +43,11 @@ class SparseMoE(nn.Module):
         residual_expert: StackedExperts | None = None,
         coefficient: nn.Linear | None = None,
     ) -> None:
-        """Join the parts; `settings` say how tokens are routed. A residual expert needs its `coefficient` [D -> 2]."""
+        """Join the parts; `settings` say how tokens are routed. A residual expert needs its `coefficient` [D -> 2].
+
+        Raises:
+            ValueError: fused kernels are asked for, and the experts are not what they compute.
+        """
         super().__init__()
         assert (residual_expert is None) == (coefficient is None)
         self.router = router
@@ -50,6 +58,24 @@ class SparseMoE(nn.Module):
         self.settings = settings
         self.layer_index = layer_index
         self.recorder = recorder
+        self.use_kernel(settings.kernel)
+
+    def use_kernel(self, kernel: str) -> None:
+        """Choose between fused kernels and plain PyTorch; ``auto`` takes kernels wherever they fit.
+
+        Raises:
+            ValueError: fused kernels are asked for, and the experts are not what they compute.
+        """
+        experts = self.experts
+        fits = isinstance(experts, StackedExperts) and experts.is_swiglu and experts.num_experts <= MOST_EXPERTS
+        if kernel == "fused" and not fits:
+            raise ValueError(
+                f"kernel fused computes up to {MOST_EXPERTS} SwiGLU experts without biases, got {experts.num_experts} "
+                f"{type(experts).__name__} of {'/'.join(experts.projection_names)} with "
+                f"{type(experts.activation).__name__}; set model.moe.kernel=auto"
+            )
+        self.settings = dataclasses.replace(self.settings, kernel=kernel)
+        self.can_fuse = fits and kernel != "plain"
 
     @property
     def num_experts(self) -> int:
@@ -90,6 +116,8 @@ class SparseMoE(nn.Module):
         return routed_TD
 
     def _route(self, hidden_TD: Tensor) -> Tensor:
+        if self.can_fuse and (self.settings.kernel == "fused" or has_kernels(hidden_TD)):
+            return self._route_fused(hidden_TD)
         routing = self._choose(self.router(hidden_TD))
         if self.recorder.is_static:
             return self._route_few(hidden_TD, routing)
@@ -119,6 +147,21 @@ class SparseMoE(nn.Module):
             share_T1 = (choices.weights * (ids_TK == expert)).sum(dim=1, keepdim=True)
             mixed_TD += self.experts.run_one(expert, hidden_TD).float() * share_T1
         return mixed_TD.to(hidden_TD.dtype)
+
+    def _route_fused(self, hidden_TD: Tensor) -> Tensor:
+        logits_TE, hidden_TD = self.router(hidden_TD, with_tokens=True)
+        routing = self._choose(logits_TE)
+        self.recorder.record(self.layer_index, routing)
+        device_type, scale, dtype = hidden_TD.device.type, self.settings.weight_scale, hidden_TD.dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        weights_TK = routing.expert_weights if scale == 1.0 else routing.expert_weights * scale
+        gate_EFD, up_EFD, down_EDF = (
+            self.experts.get_parameter(name).to(dtype) for name in self.experts.projection_names
+        )
+        with torch.autocast(device_type, enabled=False):
+            choices = Choices(routing.expert_ids, weights_TK, routing.dropped)
+            return routed_swiglu(hidden_TD.to(dtype), choices, SwiGLUExperts(gate_EFD, up_EFD, down_EDF))
 
     def _choose(self, router_logits_TE: Tensor) -> Routing:
         settings, bias_E = self.settings, self.router.selection_bias

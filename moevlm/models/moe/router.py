@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from moevlm.ops.fused_router import router_logits
 
 
 class Router(nn.Module):
@@ -59,8 +62,16 @@ class Router(nn.Module):
     def num_experts(self) -> int:
         return self.weight.shape[0]
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
-        """[T, E] float32 logits."""
+    def forward(self, hidden_TD: Tensor, *, with_tokens: bool = False) -> Any:
+        """[T, E] float32 logits; `with_tokens` also the tokens for the experts, see `moevlm.ops.fused_router`."""
+        is_exact = self.random_generator is None and not (self.jitter > 0 and self.training)
+        if with_tokens and is_exact:
+            with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
+                return router_logits(hidden_TD, self.weight.float())
+        logits_TE = self._logits(hidden_TD)
+        return (logits_TE, hidden_TD) if with_tokens else logits_TE
+
+    def _logits(self, hidden_TD: Tensor) -> Tensor:
         hidden_TD = hidden_TD.float()
         if self.jitter > 0 and self.training:
             hidden_TD = hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - self.jitter, 1 + self.jitter)

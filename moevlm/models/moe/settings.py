@@ -13,8 +13,11 @@ DROP_ORDERS = ("position", "probability", "random")
 INITIALISATIONS = ("copy", "noise", "drop_upcycling", "virtual_groups")
 EXPERT_KINDS = ("full", "lora")
 SHARED_EXPERTS = ("full", "partition")
+KERNELS = ("auto", "plain", "fused")
 INITIAL_KEYS = ("initialisation", "init_noise", "reinit_fraction", "router_init_std", "seed")
 """Keys that say where weights start, and nothing about a model that has them."""
+RUNNING_KEYS = ("kernel",)
+"""Keys that say how a model is run, and nothing about the function that it is."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class MoESettings:
     shared_expert: str | None = None
     shared_fraction: float | None = None
     residual: bool = False
+    kernel: str = "auto"
     # where weights start
     initialisation: str = "copy"
     init_noise: float | None = None
@@ -69,6 +73,7 @@ class MoESettings:
             ("experts", EXPERT_KINDS),
             ("shared_expert", (None, *SHARED_EXPERTS)),
             ("initialisation", INITIALISATIONS),
+            ("kernel", KERNELS),
         ):
             value = getattr(self, key)
             names = ", ".join("null" if name is None else name for name in known)

@@ -1,7 +1,7 @@
 """Triton: the routed SwiGLU of a few tokens, forward only: chosen experts' weights are read once, the others' never.
 
-No count goes to the host, so a CUDA graph can hold it. A program takes one expert and some columns; one whose expert was
-not chosen ends at once. An expert has at most T rows, since a token chooses it once: they fit into one tile.
+No count goes to the host, so a CUDA graph can hold it. A program takes one expert and some columns; one whose expert
+was not chosen ends at once. An expert has at most T rows, since a token chooses it once: they fit into one tile.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ COLUMNS, DEPTH = 16, 256  # of a tile of weights
 
 
 @triton.jit
-def _rows_of(expert, counts_ptr, num_experts, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rows_of(expert, counts_ptr, num_experts, E: tl.constexpr):
     """First row and number of rows of an expert."""
     experts = tl.arange(0, E)
     counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0)
@@ -24,7 +24,7 @@ def _rows_of(expert, counts_ptr, num_experts, E: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def _into(  # type: ignore[no-untyped-def]
+def _into(
     hidden_ptr, weights_ptr, gate_ptr, up_ptr, choice_of_row_ptr, counts_ptr, out_ptr, width, inner, num_experts,
     TOP_K: tl.constexpr, R: tl.constexpr, W: tl.constexpr, DEPTH: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,7 @@ def _into(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _out_of(  # type: ignore[no-untyped-def]
+def _out_of(
     inner_ptr, down_ptr, counts_ptr, out_ptr, width, inner, num_experts,
     R: tl.constexpr, W: tl.constexpr, DEPTH: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip

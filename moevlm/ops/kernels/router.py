@@ -16,7 +16,9 @@ SPLIT_TOKENS = 256  # tokens of one partial sum of the weight's gradient
 
 
 @triton.jit
-def _logits(hidden_ptr, weight_ptr, out_ptr, num_tokens, width, num_experts, T: tl.constexpr, W: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _logits(
+    hidden_ptr, weight_ptr, out_ptr, num_tokens, width, num_experts, T: tl.constexpr, W: tl.constexpr, E: tl.constexpr
+):
     tokens = tl.program_id(0) * T + tl.arange(0, T)
     experts = tl.arange(0, E)
     total = tl.zeros((T, E), dtype=tl.float32)
@@ -34,7 +36,7 @@ def _logits(hidden_ptr, weight_ptr, out_ptr, num_tokens, width, num_experts, T: 
 
 
 @triton.jit
-def _hidden_grad(  # type: ignore[no-untyped-def]
+def _hidden_grad(
     passed_ptr, logits_grad_ptr, weight_ptr, out_ptr, num_tokens, width, num_experts,
     HAS_PASSED: tl.constexpr, T: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +58,7 @@ def _hidden_grad(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _weight_grad(  # type: ignore[no-untyped-def]
+def _weight_grad(
     hidden_ptr, logits_grad_ptr, partial_ptr, num_tokens, width, num_experts,
     SPLIT: tl.constexpr, T: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -88,7 +90,9 @@ def router_logits(hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return out_TE
 
 
-def router_hidden_grad(logits_grad_TE: Tensor, weight_ED: Tensor, passed_TD: Tensor | None, dtype: torch.dtype) -> Tensor:
+def router_hidden_grad(
+    logits_grad_TE: Tensor, weight_ED: Tensor, passed_TD: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """See `moevlm.ops.plain_steps.router_hidden_grad`."""
     num_tokens, num_experts, width = *logits_grad_TE.shape[:1], *weight_ED.shape
     out_TD = torch.empty(num_tokens, width, dtype=dtype, device=weight_ED.device)

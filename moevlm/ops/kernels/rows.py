@@ -12,7 +12,9 @@ MOST_COLUMNS = 2048
 
 
 @triton.jit
-def _gather(source_ptr, choice_of_row_ptr, out_ptr, num_rows, width, TOP_K: tl.constexpr, R: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gather(
+    source_ptr, choice_of_row_ptr, out_ptr, num_rows, width, TOP_K: tl.constexpr, R: tl.constexpr, W: tl.constexpr
+):
     rows = tl.program_id(0) * R + tl.arange(0, R)
     columns = tl.program_id(1) * W + tl.arange(0, W)
     inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
@@ -22,7 +24,9 @@ def _gather(source_ptr, choice_of_row_ptr, out_ptr, num_rows, width, TOP_K: tl.c
 
 
 @triton.jit
-def _sum(rows_ptr, row_of_choice_ptr, out_ptr, num_tokens, width, TOP_K: tl.constexpr, R: tl.constexpr, W: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum(
+    rows_ptr, row_of_choice_ptr, out_ptr, num_tokens, width, TOP_K: tl.constexpr, R: tl.constexpr, W: tl.constexpr
+):
     tokens = tl.program_id(0) * R + tl.arange(0, R)
     columns = tl.program_id(1) * W + tl.arange(0, W)
     inside = (tokens < num_tokens)[:, None] & (columns < width)[None, :]

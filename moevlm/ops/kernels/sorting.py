@@ -16,7 +16,7 @@ SCAN_NUMBERS = 4096  # the same for a tile of the scan
 
 
 @triton.jit
-def _one_hot(ids_ptr, dropped_ptr, first, num_choices, HAS_DROPPED: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _one_hot(ids_ptr, dropped_ptr, first, num_choices, HAS_DROPPED: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr):
     choices = first + tl.arange(0, BLOCK)
     inside = choices < num_choices
     ids = tl.load(ids_ptr + choices, mask=inside, other=E).to(tl.int32)
@@ -27,14 +27,16 @@ def _one_hot(ids_ptr, dropped_ptr, first, num_choices, HAS_DROPPED: tl.constexpr
 
 
 @triton.jit
-def _count(ids_ptr, dropped_ptr, blocks_ptr, num_choices, HAS_DROPPED: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _count(
+    ids_ptr, dropped_ptr, blocks_ptr, num_choices, HAS_DROPPED: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr
+):
     block = tl.program_id(0)
     _, _, hot = _one_hot(ids_ptr, dropped_ptr, block * BLOCK, num_choices, HAS_DROPPED, BLOCK, E)
     tl.store(blocks_ptr + block * E + tl.arange(0, E), tl.sum(hot, axis=0))
 
 
 @triton.jit
-def _scan(blocks_ptr, counts_ptr, num_blocks, num_experts, TILE: tl.constexpr, E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scan(blocks_ptr, counts_ptr, num_blocks, num_experts, TILE: tl.constexpr, E: tl.constexpr):
     """Counts of (block, expert) become first rows of (block, expert), in place; one program."""
     experts = tl.arange(0, E)
     rows = tl.arange(0, TILE)
@@ -53,7 +55,7 @@ def _scan(blocks_ptr, counts_ptr, num_blocks, num_experts, TILE: tl.constexpr, E
 
 
 @triton.jit
-def _place(  # type: ignore[no-untyped-def]
+def _place(
     ids_ptr, dropped_ptr, blocks_ptr, counts_ptr, row_of_choice_ptr, choice_of_row_ptr, num_choices, num_experts,
     HAS_DROPPED: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +74,9 @@ def _place(  # type: ignore[no-untyped-def]
     tl.store(choice_of_row_ptr + rows, choices, mask=kept)
 
 
-def sort_choices(expert_ids_TK: Tensor, dropped_TK: Tensor | None, *, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_choices(
+    expert_ids_TK: Tensor, dropped_TK: Tensor | None, *, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `moevlm.ops.expert_order.sort_choices`."""
     ids_TK = expert_ids_TK.contiguous()
     dropped_TK = ids_TK if dropped_TK is None else dropped_TK.contiguous()

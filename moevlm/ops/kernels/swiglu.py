@@ -10,7 +10,7 @@ MOST_COLUMNS = 2048
 
 
 @triton.jit
-def _forward(gate_ptr, up_ptr, weights_ptr, choice_of_row_ptr, out_ptr, width, W: tl.constexpr):  # type: ignore[no-untyped-def]
+def _forward(gate_ptr, up_ptr, weights_ptr, choice_of_row_ptr, out_ptr, width, W: tl.constexpr):
     row = tl.program_id(0)
     columns = tl.program_id(1) * W + tl.arange(0, W)
     inside = columns < width
@@ -23,7 +23,7 @@ def _forward(gate_ptr, up_ptr, weights_ptr, choice_of_row_ptr, out_ptr, width, W
 
 
 @triton.jit
-def _backward(  # type: ignore[no-untyped-def]
+def _backward(
     gate_ptr, up_ptr, weights_ptr, choice_of_row_ptr, grad_ptr, out_ptr, gate_grad_ptr, up_grad_ptr, weights_grad_ptr,
     width, W: tl.constexpr,
 ):  # fmt: skip
