@@ -46,7 +46,12 @@ def triton_steps() -> Steps:
 
 def has_kernels(tensor: Tensor) -> bool:
     """Whether kernels can run where this tensor is: a CUDA or ROCm device, and Triton installed."""
-    return tensor.is_cuda and importlib.util.find_spec("triton") is not None
+    return tensor.is_cuda and _is_installed()
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def steps_for(tensor: Tensor) -> Steps:
