@@ -90,7 +90,9 @@ class SparseMoE(nn.Module):
         """Parameters that a token does not meet: those of the routed experts it is not sent to."""
         return (self.num_experts - self.top_k) * self.experts.num_own_parameters
 
-    @torch.compiler.disable  # shapes follow the routing; a compiled decoder layer is cut here
+    # Shapes follow the routing, kernels are called as they are: a compiled decoder layer is cut here. (Under the public
+    # name, torch.compiler.disable, importing this file would take seconds.)
+    @torch._disable_dynamo
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., D]; rows that the recorder's token mask calls padding are skipped and come out as 0."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
