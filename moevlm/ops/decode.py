@@ -7,6 +7,7 @@ kernels of `decode_kernels` and `decode_attention_kernels` run; elsewhere, and w
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from moevlm.ops.routing import top_k_routing
 MAX_ROWS = 64
 
 
+@functools.cache
 def has_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels run on tensors of this device."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None

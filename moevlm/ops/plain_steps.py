@@ -84,32 +84,6 @@ def swiglu_backward(
     up_grad_RF.copy_(grad * silu)
 
 
-def few_token_rows(
-    hidden_TD: Tensor,
-    weights_TK: Tensor,
-    gate_EFD: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    choice_of_row_C: Tensor,
-    counts_E: Tensor,
-) -> Tensor:
-    """Weighted outputs of the experts, row by row, [T * K, D]: what `sum_rows` adds up; no gradient.
-
-    The rows behind ``counts.sum()`` mean nothing.
-    """
-    top_k = weights_TK.shape[1]
-    rows_CD = hidden_TD.new_zeros(weights_TK.numel(), hidden_TD.shape[1])
-    first = 0
-    for expert, count in enumerate(counts_E.tolist()):
-        choices_R = choice_of_row_C[first : first + count].long()
-        chosen_RD = hidden_TD[choices_R // top_k]
-        gate_RF, up_RF = linear(chosen_RD, gate_EFD[expert]), linear(chosen_RD, up_EFD[expert])
-        swiglu(gate_RF, up_RF, weights_TK, choices_R, gate_RF)
-        rows_CD[first : first + count] = linear(gate_RF, down_EDF[expert])
-        first += count
-    return rows_CD
-
-
 def router_logits(hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """``hidden @ weight.T`` in float32, [T, E]; `weight_ED` is float32."""
     return linear(hidden_TD.float(), weight_ED)

@@ -16,20 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moevlm.ops.decode import MAX_ROWS, Choices, gated_ffn
 from moevlm.ops.lanes import assign, open_lanes
 from moevlm.ops.steps import Steps, steps_for
 
 NUM_LANES = 2
 MOST_EXPERTS = 128  # tiles of the kernels hold a number for each
-FEW_TOKENS = 64  # up to which a pass without gradient goes without cuBLAS and without the host
-
-
-class Choices(NamedTuple):
-    """Which experts the tokens take, and how much of each."""
-
-    expert_ids: Tensor  # [T, K] int64
-    weights: Tensor  # [T, K] float32
-    dropped: Tensor | None = None  # [T, K] bool
 
 
 class SwiGLUExperts(NamedTuple):
@@ -40,36 +32,42 @@ class SwiGLUExperts(NamedTuple):
     down: Tensor  # [E, D, F]
 
 
-def routed_swiglu(hidden_TD: Tensor, choices: Choices, experts: SwiGLUExperts, *, steps: Steps | None = None) -> Tensor:
+def routed_swiglu(
+    hidden_TD: Tensor,
+    expert_ids_TK: Tensor,
+    expert_weights_TK: Tensor,
+    experts: SwiGLUExperts,
+    *,
+    dropped_TK: Tensor | None = None,
+    steps: Steps | None = None,
+) -> Tensor:
     """``y_t = sum over k of weight_tk * expert_{id_tk}(x_t)`` (arXiv:1701.06538, Eq. 1; experts: arXiv:2002.05202).
 
     The weight multiplies the activation instead of the output, where it needs no pass of its own; sums over experts
-    and of the weights' gradient run in float32.
+    and of the weights' gradient run in float32. A few tokens without gradient take the kernels of generation, which
+    read the chosen experts' weights alone.
 
     Args:
         hidden_TD: in the dtype of the experts.
+        dropped_TK: choices that add nothing; None: every choice counts.
         steps: None chooses by device.
 
     Returns:
         [T, D] in the dtype of `hidden_TD`; gradients flow to tokens, weights and experts, to those that want one.
     """
+    keeps = torch.is_grad_enabled() and any(one.requires_grad for one in (hidden_TD, expert_weights_TK, *experts))
+    if not keeps and 0 < hidden_TD.shape[0] <= MAX_ROWS:
+        ids_TK = expert_ids_TK if dropped_TK is None else expert_ids_TK.masked_fill(dropped_TK, -1)
+        gate_EFD, up_EFD, down_EDF = (weight.contiguous() for weight in experts)
+        choices = Choices(ids_TK.int().contiguous(), expert_weights_TK.contiguous())
+        return gated_ffn(hidden_TD.contiguous(), gate_EFD, up_EFD, down_EDF, choices)
     steps = steps or steps_for(hidden_TD)
     row_of_choice_TK, choice_of_row_C, counts_E = steps.sort_choices(
-        choices.expert_ids, choices.dropped, num_experts=experts.gate.shape[0]
+        expert_ids_TK, dropped_TK, num_experts=experts.gate.shape[0]
     )
-    wants_grad = [tensor.requires_grad for tensor in (hidden_TD, choices.weights, *experts)]
-    keeps = torch.is_grad_enabled() and any(wants_grad)
-    if hidden_TD.shape[0] <= FEW_TOKENS and not keeps:
-        weights_TK = choices.weights.contiguous()
-        rows_CD = steps.few_token_rows(hidden_TD.contiguous(), weights_TK, *experts, choice_of_row_C, counts_E)
-        return steps.sum_rows(rows_CD, row_of_choice_TK)
+    order = _Order(row_of_choice_TK, choice_of_row_C, _begin_read(counts_E))
     return _RoutedSwiGLU.apply(  # type: ignore[no-any-return, no-untyped-call]
-        hidden_TD.contiguous(),
-        choices.weights.contiguous(),
-        *experts,
-        _Order(row_of_choice_TK, choice_of_row_C, _begin_read(counts_E)),
-        steps,
-        keeps,
+        hidden_TD.contiguous(), expert_weights_TK.contiguous(), *experts, order, steps, keeps
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from moevlm.ops import plain_steps
+from moevlm.ops.decode import has_kernels
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,6 @@ class Steps:
     sum_rows: Callable[..., Tensor]
     swiglu: Callable[..., None]
     swiglu_backward: Callable[..., None]
-    few_token_rows: Callable[..., Tensor]
     router_logits: Callable[..., Tensor]
     router_hidden_grad: Callable[..., Tensor]
     router_weight_grad: Callable[..., Tensor]
@@ -39,21 +38,11 @@ PLAIN = _collect(plain_steps)
 @functools.cache
 def triton_steps() -> Steps:
     """The kernels; imports Triton."""
-    from moevlm.ops.kernels import few_tokens, router, rows, sorting, swiglu
+    from moevlm.ops.kernels import router, rows, sorting, swiglu
 
-    return _collect(few_tokens, router, rows, sorting, swiglu)
-
-
-def has_kernels(tensor: Tensor) -> bool:
-    """Whether kernels can run where this tensor is: a CUDA or ROCm device, and Triton installed."""
-    return tensor.is_cuda and _is_installed()
-
-
-@functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _collect(router, rows, sorting, swiglu)
 
 
 def steps_for(tensor: Tensor) -> Steps:
     """Kernels where they can run, else the plain steps."""
-    return triton_steps() if has_kernels(tensor) else PLAIN
+    return triton_steps() if has_kernels(tensor.device) else PLAIN

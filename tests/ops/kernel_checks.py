@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from moevlm.ops import plain_steps
 from moevlm.ops.fused_router import router_logits
-from moevlm.ops.routed_ffn import Choices, SwiGLUExperts, routed_swiglu
+from moevlm.ops.routed_ffn import SwiGLUExperts, routed_swiglu
 from moevlm.ops.steps import PLAIN, triton_steps
 
 SHAPES = [  # tokens, experts, top_k, width, inner: odd ones, one expert, many, more choices than a block
@@ -119,17 +119,6 @@ def check_router(problem: Problem) -> None:
     assert_close(found_ED.double(), grad_TE.double().T @ problem.hidden_TD.double(), rtol=1e-4, atol=1e-3)
 
 
-def check_few_tokens(problem: Problem) -> None:
-    """The kernels without the host, against the plain loop."""
-    is_interpreted = problem.hidden_TD.device.type == "cpu"
-    if problem.tokens > 64 or (is_interpreted and problem.hidden_TD.dtype == torch.bfloat16):
-        return  # Triton 3.9's interpreter multiplies the bits of bfloat16 numbers
-    _, choices_M, counts_E = problem.order
-    arguments = (problem.hidden_TD, problem.weights_TK, *problem.parts, choices_M, counts_E)
-    found_CD, expected_CD = triton_steps().few_token_rows(*arguments), PLAIN.few_token_rows(*arguments)
-    assert_close(found_CD[: len(choices_M)], expected_CD[: len(choices_M)], **TOLERANCE[problem.hidden_TD.dtype])
-
-
 def check_layer(problem: Problem) -> None:
     """Router and experts together, values and gradients, kernels against plain steps; tokens not contiguous."""
     results = []
@@ -139,8 +128,8 @@ def check_layer(problem: Problem) -> None:
         leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         hidden, weights, gate, up, down, router = leaves
         logits_TE, hidden_TD = router_logits(hidden[:, ::2], router, steps=steps)
-        choices = Choices(problem.ids_TK, weights, problem.dropped_TK)
-        output_TD = routed_swiglu(hidden_TD, choices, SwiGLUExperts(gate, up, down), steps=steps)
+        experts, ids_TK = SwiGLUExperts(gate, up, down), problem.ids_TK
+        output_TD = routed_swiglu(hidden_TD, ids_TK, weights, experts, dropped_TK=problem.dropped_TK, steps=steps)
         (output_TD.float().square().sum() + logits_TE.square().sum()).backward()
         results.append([output_TD, logits_TE, *(leaf.grad for leaf in leaves)])
     for found, expected in zip(*results):
@@ -153,7 +142,6 @@ CHECKS: dict[str, Callable[[Problem], None]] = {
     "rows": check_rows,
     "swiglu": check_swiglu,
     "router": check_router,
-    "few_tokens": check_few_tokens,
     "layer": check_layer,
 }
 

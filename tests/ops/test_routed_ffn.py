@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,10 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 from moevlm.ops.fused_router import router_logits
 from moevlm.ops.lanes import assign
-from moevlm.ops.routed_ffn import Choices, SwiGLUExperts, routed_swiglu
+from moevlm.ops.routed_ffn import SwiGLUExperts, routed_swiglu
 
 T, E, K, D, F = 100, 5, 2, 12, 7  # more tokens than the path for a few of them takes
 NAMES = ("hidden", "weights", "gate", "up", "down")
+
+
+class Choices(NamedTuple):
+    expert_ids: Tensor
+    weights: Tensor
+    dropped: Tensor | None = None
+
+
+def fused(hidden: Tensor, choices: Choices, experts: SwiGLUExperts) -> Tensor:
+    return routed_swiglu(hidden, choices.expert_ids, choices.weights, experts, dropped_TK=choices.dropped)
 
 
 def loop(hidden: Tensor, choices: Choices, experts: SwiGLUExperts) -> Tensor:
@@ -56,7 +68,7 @@ def run(compute, leaves: dict[str, Tensor], ids: Tensor, dropped: Tensor | None,
 @pytest.mark.parametrize("tokens", [1, T])
 def test_values_and_gradients_equal_those_of_the_loop(tokens: int, top_k: int, drops: bool) -> None:
     problem = draw(tokens=tokens, top_k=top_k, drops=drops)
-    found, expected = run(routed_swiglu, *problem), run(loop, *problem)
+    found, expected = run(fused, *problem), run(loop, *problem)
     for name, value in expected.items():
         value = torch.zeros_like(found[name]) if value is None else value  # every choice of the loop was dropped
         check_close(found[name], value, name)
@@ -64,7 +76,7 @@ def test_values_and_gradients_equal_those_of_the_loop(tokens: int, top_k: int, d
 
 
 def test_no_token_at_all_leaves_zero_gradients() -> None:
-    found = run(routed_swiglu, *draw(tokens=0))
+    found = run(fused, *draw(tokens=0))
     assert found["output"].shape == (0, D)
     assert not any(found[name].any() for name in NAMES)
 
@@ -72,7 +84,7 @@ def test_no_token_at_all_leaves_zero_gradients() -> None:
 @pytest.mark.parametrize("frozen", [("hidden",), ("weights",), ("gate", "up", "down"), ("up",), ("down", "hidden")])
 def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: tuple[str, ...]) -> None:
     problem = draw()
-    found, expected = run(routed_swiglu, *problem, frozen=frozen), run(routed_swiglu, *problem)
+    found, expected = run(fused, *problem, frozen=frozen), run(fused, *problem)
     for name in NAMES:
         assert (found[name] is None) == (name in frozen)
         if name not in frozen:
@@ -83,7 +95,7 @@ def test_bfloat16_stays_as_near_to_float64_as_the_plain_operations() -> None:
     leaves, ids, dropped = draw()
     rounded = {name: leaf.bfloat16() if name != "weights" else leaf.float() for name, leaf in leaves.items()}
     exact = run(loop, {name: leaf.double() for name, leaf in rounded.items()}, ids, dropped)
-    found = run(routed_swiglu, rounded, ids, dropped)
+    found = run(fused, rounded, ids, dropped)
     plain = run(loop, {**rounded, "weights": rounded["weights"].bfloat16()}, ids, dropped)
     for name, value in exact.items():
         error = (found[name].double() - value).norm() / value.norm()
@@ -95,7 +107,7 @@ def test_a_few_tokens_without_gradient_come_out_the_same() -> None:
     arguments = (leaves["hidden"], Choices(ids, leaves["weights"], dropped))
     experts = SwiGLUExperts(leaves["gate"], leaves["up"], leaves["down"])
     with torch.no_grad():
-        check_close(routed_swiglu(*arguments, experts), loop(*arguments, experts))
+        check_close(fused(*arguments, experts), loop(*arguments, experts))
 
 
 def test_many_tokens_without_gradient_come_out_the_same() -> None:
@@ -103,33 +115,31 @@ def test_many_tokens_without_gradient_come_out_the_same() -> None:
     arguments = (leaves["hidden"], Choices(ids, leaves["weights"], dropped))
     experts = SwiGLUExperts(leaves["gate"], leaves["up"], leaves["down"])
     with torch.no_grad():
-        check_close(routed_swiglu(*arguments, experts), loop(*arguments, experts))
+        check_close(fused(*arguments, experts), loop(*arguments, experts))
 
 
 def test_tokens_that_are_not_contiguous_come_out_the_same() -> None:
     leaves, ids, _ = draw()
     wide = leaves["hidden"].repeat_interleave(2, dim=1).requires_grad_()
     experts = SwiGLUExperts(leaves["gate"], leaves["up"], leaves["down"].mT.contiguous().mT)
-    output = routed_swiglu(wide[:, ::2], Choices(ids, leaves["weights"]), experts)
+    output = fused(wide[:, ::2], Choices(ids, leaves["weights"]), experts)
     output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(D, T).T)
-    expected = run(routed_swiglu, {**leaves}, ids, None)
+    expected = run(fused, {**leaves}, ids, None)
     torch.testing.assert_close(output, expected["output"])
     assert not wide.grad[:, 1::2].any()
 
 
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
     problem = draw()
-    found = run(lambda *given: checkpoint(routed_swiglu, *given, use_reentrant=False), *problem)
-    for name, value in run(routed_swiglu, *problem).items():
+    found = run(lambda *given: checkpoint(fused, *given, use_reentrant=False), *problem)
+    for name, value in run(fused, *problem).items():
         torch.testing.assert_close(found[name], value, msg=name)
 
 
 def test_the_graph_may_be_kept_and_gone_through_twice() -> None:
     leaves, ids, _ = draw()
     own = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-    output = routed_swiglu(
-        own["hidden"], Choices(ids, own["weights"]), SwiGLUExperts(own["gate"], own["up"], own["down"])
-    )
+    output = fused(own["hidden"], Choices(ids, own["weights"]), SwiGLUExperts(own["gate"], own["up"], own["down"]))
     first = torch.autograd.grad(output.sum(), list(own.values()), retain_graph=True)
     for one, other in zip(first, torch.autograd.grad(output.sum(), list(own.values()))):
         torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -76,13 +76,6 @@ class StackedExperts(nn.Module):
         """What tells the experts apart: stacked tensors, [E, ...] each."""
         return list(self.parameters())
 
-    @property
-    def is_swiglu(self) -> bool:
-        """Whether each is ``down(silu(gate(x)) * up(x))`` without biases: what the fused kernels compute."""
-        has_bias = any(getattr(self, f"{name}_bias") is not None for name in self.projection_names)
-        is_silu = isinstance(self.activation, nn.SiLU) or type(self.activation).__name__ == "SiLUActivation"
-        return len(self.projection_names) == 3 and is_silu and not has_bias
-
     def forward(self, rows_MD: Tensor, counts: Sequence[int]) -> Tensor:
         """Run expert e on its ``counts[e]`` consecutive rows; an expert without rows is skipped.
 

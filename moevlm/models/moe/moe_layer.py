@@ -14,12 +14,11 @@ from moevlm.models.moe.recorder import RoutingRecorder
 from moevlm.models.moe.router import Router
 from moevlm.models.moe.settings import MoESettings
 from moevlm.ops.capacity import expert_capacity
-from moevlm.ops.decode import Choices, gated_ffn
+from moevlm.ops.decode import Choices, gated_ffn, has_kernels
 from moevlm.ops.deepspeed import deepspeed_routing
 from moevlm.ops.dispatch import combine, dispatch_by_expert, permute
-from moevlm.ops.routed_ffn import MOST_EXPERTS, Choices, SwiGLUExperts, routed_swiglu
+from moevlm.ops.routed_ffn import MOST_EXPERTS, SwiGLUExperts, routed_swiglu
 from moevlm.ops.routing import top_k_routing
-from moevlm.ops.steps import has_kernels
 
 
 class SparseMoE(nn.Module):
@@ -118,11 +117,11 @@ class SparseMoE(nn.Module):
         return routed_TD
 
     def _route(self, hidden_TD: Tensor) -> Tensor:
-        if self.can_fuse and (self.settings.kernel == "fused" or has_kernels(hidden_TD)):
+        if self.recorder.is_static:
+            return self._route_few(hidden_TD, self._choose(self.router(hidden_TD)))
+        if self.can_fuse and (self.settings.kernel == "fused" or has_kernels(hidden_TD.device)):
             return self._route_fused(hidden_TD)
         routing = self._choose(self.router(hidden_TD))
-        if self.recorder.is_static:
-            return self._route_few(hidden_TD, routing)
         self.recorder.record(self.layer_index, routing)
         dispatch = dispatch_by_expert(routing.expert_ids, num_experts=self.num_experts, dropped_TK=routing.dropped)
         rows_MD = self.experts(permute(hidden_TD, dispatch, top_k=self.top_k), dispatch.counts)
@@ -143,7 +142,8 @@ class SparseMoE(nn.Module):
         choices = Choices(ids_TK, routing.expert_weights * self.settings.weight_scale)
         if self.experts.is_swiglu:
             gate_EFD, up_EFD, down_EDF = self.experts.parameters()
-            return gated_ffn(hidden_TD, gate_EFD, up_EFD, down_EDF, choices)
+            is_plain = self.settings.kernel == "plain"
+            return gated_ffn(hidden_TD, gate_EFD, up_EFD, down_EDF, choices, plain=is_plain)
         mixed_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
         for expert in range(self.num_experts):
             share_T1 = (choices.weights * (ids_TK == expert)).sum(dim=1, keepdim=True)
@@ -158,12 +158,11 @@ class SparseMoE(nn.Module):
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         weights_TK = routing.expert_weights if scale == 1.0 else routing.expert_weights * scale
-        gate_EFD, up_EFD, down_EDF = (
-            self.experts.get_parameter(name).to(dtype) for name in self.experts.projection_names
-        )
+        experts = SwiGLUExperts(*(self.experts.get_parameter(name).to(dtype) for name in self.experts.projection_names))
         with torch.autocast(device_type, enabled=False):
-            choices = Choices(routing.expert_ids, weights_TK, routing.dropped)
-            return routed_swiglu(hidden_TD.to(dtype), choices, SwiGLUExperts(gate_EFD, up_EFD, down_EDF))
+            return routed_swiglu(
+                hidden_TD.to(dtype), routing.expert_ids, weights_TK, experts, dropped_TK=routing.dropped
+            )
 
     def _choose(self, router_logits_TE: Tensor) -> Routing:
         settings, bias_E = self.settings, self.router.selection_bias
