@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from moevlm.batch import Head
 from moevlm.losses.chunked import sum_over_rows
 from moevlm.losses.divergences import Divergence
-from moevlm.losses.fused import fused_rows, is_fused
+from moevlm.losses.fused import fused_rows, is_fused, knows
 from moevlm.losses.teacher_rows import HeadRows, LogitsChunk, TeacherChunk, TeacherRows
 
 WEIGHTINGS = ("uniform", "teacher_certainty", "student_uncertainty", "teacher_correctness")
@@ -89,8 +89,9 @@ def token_losses(
         lm_weight: of the cross-entropy, which is over the student's whole vocabulary.
         measure_gradients: fill in the gradient squares, at the price of more passes over a chunk's logits.
         chunk_size: rows whose logits exist at the same time; the fused path has a size of its own.
-        kernel: one of `moevlm.losses.fused.KERNELS`. Fused are the forward KL at temperature 1 of a teacher's head, and
-            the cross-entropy beside it; everything else takes the plain path under "auto" and "fused" alike.
+        kernel: one of `moevlm.losses.fused.KERNELS`. Fused are the divergences of distributions from a teacher's head,
+            and the cross-entropy beside them; stored rows, logit_mse, z-normed logits and measured gradients take the
+            plain path under "auto" and "fused" alike.
 
     Returns:
         Sums are not divided; no row gives 0 and gradients of 0.
@@ -103,10 +104,10 @@ def token_losses(
     check_weighting(weighting)
     if targets_R is None and (lm_weight > 0 or weighting == "teacher_correctness"):
         raise ValueError(f"lm_weight {lm_weight} and weighting {weighting!r} need the tokens that the rows predict")
-    is_plain = divergence.is_plain_kl and not measure_gradients
-    if is_fused(kernel, student_rows_RD) and is_plain and isinstance(teacher, HeadRows):
+    is_known = knows(divergence) and not measure_gradients
+    if is_fused(kernel, student_rows_RD) and is_known and isinstance(teacher, HeadRows):
         weights = (kd_weight, lm_weight)
-        return _fused_losses(student_rows_RD, student_head, teacher, targets_R, weighting, weights)
+        return _fused_losses(student_rows_RD, student_head, teacher, targets_R, divergence, weighting, weights)
     values: list[Tensor] = []
 
     def chunk_loss(logits_CV: Tensor, rows: slice) -> Tensor:
@@ -128,17 +129,18 @@ def _fused_losses(
     student_head: Head,
     teacher: HeadRows,
     targets_R: Tensor | None,
+    divergence: Divergence,
     weighting: str,
     weights: tuple[float, float],
 ) -> TokenLosses:
-    """The forward KL and the cross-entropy by `moevlm.losses.fused`."""
+    """A divergence and the cross-entropy by `moevlm.losses.fused`."""
     vocab_size = student_head.weight.shape[0]
 
     def weigh(found: Any) -> Tensor:
         entropies = (found.teacher_entropy, found.entropy)
         return _row_weights(weighting, found.teacher_target.exp(), *entropies, vocab_size)
 
-    joint, found, weights_R = fused_rows(
+    joint, found, kd_R, weights_R = fused_rows(
         student_rows_RD,
         student_head,
         targets_R,
@@ -146,12 +148,13 @@ def _fused_losses(
         teacher_hidden_RD=teacher.hidden_states,
         teacher_head=teacher.head.cut(teacher.num_common),
         kd_weight=weights[0],
+        divergence=divergence,
         weigh=weigh,
     )
     nothing_R = torch.zeros_like(found.kl)
     return TokenLosses(
         joint,
-        kd=weights_R * found.kl,
+        kd=weights_R * kd_R,
         lm=nothing_R if targets_R is None else -found.target,
         kl=found.kl,
         agreement=(found.top1 == found.teacher_top1).float(),

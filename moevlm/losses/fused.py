@@ -1,4 +1,4 @@
-"""Cross-entropy and forward KL on a GPU: three matrix products around two kernels, gradients made in the forward pass.
+"""Cross-entropy and divergences on a GPU: three matrix products around two kernels, gradients made in the forward pass.
 
 As `moevlm.losses.chunked`, with the passes over a chunk's logits fused (`moevlm.ops.vocabulary_kernels`) and the logits
 kept in the dtype of the matrix product, bfloat16 as a rule; softmax and losses are in float32. A chunk's gradient is
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from moevlm.batch import Head
 from moevlm.losses.chunked import row_chunks
+from moevlm.losses.divergences import Divergence
 
 if TYPE_CHECKING:
     from moevlm.ops.vocabulary_kernels import RowStatistics
@@ -57,6 +58,11 @@ def check_kernel(kernel: str) -> None:
         raise ValueError(f"loss_kernel must be one of {KERNELS}, got {kernel!r}; set stage.loss_kernel")
 
 
+def knows(divergence: Divergence) -> bool:
+    """Whether the kernels compute this divergence."""
+    return divergence.kind != "logit_mse" and not divergence.z_normed
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton is installed."""
@@ -72,32 +78,34 @@ def fused_rows(
     teacher_hidden_RD: Tensor | None = None,
     teacher_head: Head | None = None,
     kd_weight: float = 0.0,
+    divergence: Divergence = Divergence(),  # noqa: B008  (frozen)
     weigh: Weigh | None = None,
     chunk_size: int | None = None,
-) -> tuple[Tensor, RowStatistics, Tensor]:
-    """``sum_r kd_weight * w_r KL(p_r || q_r) + lm_weight * CE_r``, as `moevlm.losses.distillation.token_losses` has it.
+) -> tuple[Tensor, RowStatistics, Tensor, Tensor]:
+    """``sum_r kd_weight * w_r D(p_r, q_r) + lm_weight * CE_r``, as `moevlm.losses.distillation.token_losses` has it.
 
     Args:
         hidden_RD: rows of the student; gradient.
         head: gradient, unless frozen.
         targets_R: needed for lm_weight != 0.
-        teacher_hidden_RD: rows of the teacher over whose head's tokens, at most the student's, the KL runs.
+        teacher_hidden_RD: rows of the teacher over whose head's tokens, at most the student's, D runs.
+        divergence: one that `knows`.
         weigh: w; None is 1.
         chunk_size: rows whose logits exist at the same time; None as many as `LOGITS_BYTES` allows.
 
     Returns:
         the scalar, which alone carries gradient (no second one: the first backward pass uses up what is stored); the
-        rows' statistics; w [R].
+        rows' statistics at temperature 1; D [R]; w [R].
     """
     sides = [(hidden_RD, head)]
     if teacher_hidden_RD is not None and teacher_head is not None:
         sides.append((teacher_hidden_RD, teacher_head))
     size = _chunk_rows(sides) if chunk_size is None else chunk_size
-    settings = _Settings(sides, targets_R, lm_weight, kd_weight, weigh, size, torch.is_grad_enabled())
+    settings = _Settings(sides, targets_R, lm_weight, kd_weight, divergence, weigh, size, torch.is_grad_enabled())
     total, *found = _FusedRows.apply(hidden_RD, head.weight, head.bias, settings)
     from moevlm.ops.vocabulary_kernels import RowStatistics
 
-    return total, RowStatistics(*found[:-1]), found[-1]
+    return total, RowStatistics(*found[:-2]), found[-2], found[-1]
 
 
 class _Settings:
@@ -109,11 +117,13 @@ class _Settings:
         targets_R: Tensor | None,
         lm_weight: float,
         kd_weight: float,
+        divergence: Divergence,
         weigh: Weigh | None,
         chunk_size: int,
         grad_enabled: bool,
     ) -> None:
         self.sides, self.targets, self.lm_weight, self.kd_weight = sides, targets_R, lm_weight, kd_weight
+        self.divergence = divergence
         self.weigh, self.chunk_size, self.grad_enabled = weigh, chunk_size, grad_enabled
 
 
@@ -218,7 +228,7 @@ def add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: 
 
 def _run(sides: list[_Side], grads: _Gradients, settings: _Settings) -> tuple[Tensor, list[Tensor]]:
     """The weighted sum, and [R] statistics and weights of all rows."""
-    from moevlm.ops.vocabulary_kernels import RowStatistics, row_statistics, write_gradient
+    from moevlm.ops.vocabulary_kernels import RowStatistics, divergence_statistics, row_statistics, write_gradient
 
     student, teacher = sides[0], sides[1] if len(sides) > 1 else None
     device, num_rows = student.hidden.device, len(student.hidden)
@@ -230,16 +240,25 @@ def _run(sides: list[_Side], grads: _Gradients, settings: _Settings) -> tuple[Te
         other: tuple[Any, ...] = () if teacher is None else (teacher.products(rows), teacher.squash)
         statistics = row_statistics(logits_CV, targets_C, student.squash, *other)
         weights_C = torch.ones_like(statistics.kl) if settings.weigh is None else settings.weigh(statistics)
-        total += settings.kd_weight * (weights_C * statistics.kl).sum()
+        found_D, options = None, _options(settings.divergence)
+        if other and not settings.divergence.is_plain_kl:
+            found_D = divergence_statistics(logits_CV, student.squash, *other, **options)
+        kd_C = statistics.kl if found_D is None else settings.divergence.temperature**2 * found_D.value
+        total += settings.kd_weight * (weights_C * kd_C).sum()
         if targets_C is not None and settings.lm_weight:
             total -= settings.lm_weight * statistics.target.sum()
         if grads.any:
-            other = (*other, settings.kd_weight * weights_C) if other else ()
-            write_gradient(logits_CV, targets_C, student.squash, statistics, settings.lm_weight, *other)
+            other = (*other, settings.kd_weight * weights_C, found_D) if other else ()
+            write_gradient(logits_CV, targets_C, student.squash, statistics, settings.lm_weight, *other, **options)
             grads.add(logits_CV, student, rows)
-        found.append((*statistics, weights_C))
-    empty = (torch.zeros(0, device=device),) * (len(RowStatistics._fields) + 1)
+        found.append((*statistics, kd_C, weights_C))
+    empty = (torch.zeros(0, device=device),) * (len(RowStatistics._fields) + 2)
     return total, [torch.cat(column) for column in zip(empty, *found)]
+
+
+def _options(divergence: Divergence) -> dict[str, Any]:
+    share = divergence.beta if divergence.kind == "jsd" else divergence.skew
+    return {"kind": divergence.kind, "share": share, "temperature": divergence.temperature}
 
 
 def _chunk_rows(sides: list[tuple[Tensor, Head]]) -> int:

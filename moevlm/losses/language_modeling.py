@@ -32,7 +32,7 @@ def cross_entropy(
     """
     rows_R, targets_R = output.prediction_rows(labels_T)
     if is_fused(kernel, output.hidden_states):
-        total, _, _ = fused_rows(output.hidden_states[rows_R], head, targets_R, lm_weight=1.0)
+        total, *_ = fused_rows(output.hidden_states[rows_R], head, targets_R, lm_weight=1.0)
         return Mean(total, rows_R.numel(), "targets")
 
     def chunk_loss(logits_CV: Tensor, chunk: slice) -> Tensor:

@@ -62,6 +62,33 @@ def test_forward_kl_and_cross_entropy_equal_the_plain_ones_in_value_and_gradient
     assert_same(draw(5, *vocabularies, **options), kd_weight=0.6, lm_weight=0.3)
 
 
+DIVERGENCES = [
+    {},
+    {"temperature": 2.0},
+    {"kind": "reverse_kl"},
+    {"kind": "jsd", "beta": 0.3, "temperature": 0.5},
+    {"kind": "skewed_forward_kl", "skew": 0.2},
+    {"kind": "skewed_reverse_kl", "skew": 0.2, "temperature": 2.0},
+    {"kind": "total_variation"},
+]
+
+
+@pytest.mark.parametrize("settings", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("vocabularies", [(WIDE, WIDE), (30, 27)])
+def test_every_divergence_of_distributions_is_the_plain_one(settings, vocabularies) -> None:
+    drawn = draw(4, *vocabularies, softcap=5.0)
+    assert_same(drawn, divergence=Divergence(**settings), kd_weight=0.6, lm_weight=0.3, weighting="teacher_correctness")
+
+
+@pytest.mark.parametrize("settings", DIVERGENCES, ids=str)
+def test_an_impossible_token_of_the_teacher_is_no_nan(settings) -> None:
+    rows, head, teacher, targets = draw(3, 9, 9)
+    bias = torch.zeros(9, device=DEVICE)
+    bias[4] = -float("inf")
+    masked = HeadRows(teacher.hidden_states, dataclasses.replace(teacher.head, bias=bias), 9)
+    assert_same((rows, head, masked, targets), divergence=Divergence(**settings))
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_every_weighting_of_tokens_is_the_plain_one(weighting) -> None:
     assert_same(draw(4, 30, 28), weighting=weighting, lm_weight=0.5)
@@ -77,7 +104,7 @@ def test_any_size_of_chunk_gives_the_same_gradients() -> None:
     options = {"teacher_hidden_RD": teacher.hidden_states, "teacher_head": teacher.head, "kd_weight": 1.0}
     found = []
     for size in (1, 3, 7, 100):
-        total, statistics, _ = fused_rows(rows, head, targets, lm_weight=1.0, chunk_size=size, **options)
+        total, statistics, *_ = fused_rows(rows, head, targets, lm_weight=1.0, chunk_size=size, **options)
         found.append([total, *statistics, *torch.autograd.grad(total, [rows, head.weight, head.bias])])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
@@ -130,14 +157,6 @@ def test_equal_distributions_cost_nothing_and_give_no_gradient() -> None:
     torch.testing.assert_close(rows.grad, torch.zeros_like(rows), atol=2e-6, rtol=0)
 
 
-def test_an_impossible_token_of_the_teacher_is_no_nan() -> None:
-    rows, head, teacher, targets = draw(3, 9, 9)
-    bias = torch.zeros(9, device=DEVICE)
-    bias[4] = -float("inf")
-    masked = HeadRows(teacher.hidden_states, dataclasses.replace(teacher.head, bias=bias), 9)
-    assert_same((rows, head, masked, targets))
-
-
 @pytest.mark.parametrize("options", HEADS, ids=str)
 def test_cross_entropy_over_masked_labels_equals_the_plain_one(options) -> None:
     lengths, results = (5, 2, 9), []
@@ -153,7 +172,8 @@ def test_cross_entropy_over_masked_labels_equals_the_plain_one(options) -> None:
 
 def test_what_the_kernels_do_not_know_takes_the_plain_path() -> None:
     drawn = draw(4, 30, 30)
-    assert_same(drawn, rtol=0, atol=0, divergence=Divergence("reverse_kl"))
+    assert_same(drawn, rtol=0, atol=0, divergence=Divergence("logit_mse"))
+    assert_same(drawn, rtol=0, atol=0, divergence=Divergence(z_normed=True))
     assert_same(drawn, rtol=0, atol=0, measure_gradients=True)
 
 
