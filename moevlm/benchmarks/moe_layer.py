@@ -45,6 +45,7 @@ PROBLEMS = {
         Problem("0.5B shape, 16k balanced", 16384, **SMALL),
         Problem("0.5B shape, 16k skewed", 16384, **SMALL, first_share=0.6),
         Problem("16k, top-1 skewed", 16384, top_k=1, first_share=0.6),
+        Problem("8k, 64 experts, top-8", 8192, inner=768, num_experts=64, top_k=8),
     ),
     "tiny": (
         Problem("balanced", 33, width=16, inner=24),
@@ -117,7 +118,7 @@ def draw(problem: Problem, device: torch.device, dtype: torch.dtype) -> tuple[We
     def normal(*shape: int, std: float) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * std).to(dtype)
 
-    router_ED = normal(num_experts, width, std=0.1 * width**-0.5)
+    router_ED = normal(num_experts, width, std=0.02 * width**-0.5)
     router_ED[:, :num_experts] = 2 * torch.eye(num_experts, device=device, dtype=dtype)
     gate_EFD, up_EFD = (normal(num_experts, inner, width, std=width**-0.5) for _ in range(2))
     weights = Weights(router_ED, gate_EFD, up_EFD, normal(num_experts, width, inner, std=inner**-0.5), problem.top_k)
@@ -127,7 +128,7 @@ def draw(problem: Problem, device: torch.device, dtype: torch.dtype) -> tuple[We
         lucky_T = torch.rand(problem.tokens, generator=generator, device=device) < problem.first_share
         preferences_TE[lucky_T, 0] = 2
     ranks_TE = preferences_TE.argsort(descending=True).argsort()  # 0 for the favourite
-    hidden_TD[:, :num_experts] = (2.0 - 0.75 * ranks_TE).to(hidden_TD)
+    hidden_TD[:, :num_experts] = (2.0 - 3.0 * ranks_TE / num_experts).to(hidden_TD)
     return weights, hidden_TD.requires_grad_(), normal(problem.tokens, width, std=1.0)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moevlm.ops.decode import MAX_ROWS, Choices, gated_ffn
+from moevlm.ops.grouped_ffn import GroupedSwiGLU, prefers_grouped
 from moevlm.ops.lanes import assign, open_lanes
 from moevlm.ops.steps import Steps, steps_for
 
@@ -40,6 +41,7 @@ def routed_swiglu(
     *,
     dropped_TK: Tensor | None = None,
     steps: Steps | None = None,
+    grouped: bool | None = None,
 ) -> Tensor:
     """``y_t = sum over k of weight_tk * expert_{id_tk}(x_t)`` (arXiv:1701.06538, Eq. 1; experts: arXiv:2002.05202).
 
@@ -51,6 +53,7 @@ def routed_swiglu(
         hidden_TD: in the dtype of the experts.
         dropped_TK: choices that add nothing; None: every choice counts.
         steps: None chooses by device.
+        grouped: one product for all experts, where nothing is dropped; None chooses by sizes, see `prefers_grouped`.
 
     Returns:
         [T, D] in the dtype of `hidden_TD`; gradients flow to tokens, weights and experts, to those that want one.
@@ -65,6 +68,13 @@ def routed_swiglu(
     row_of_choice_TK, choice_of_row_C, counts_E = steps.sort_choices(
         expert_ids_TK, dropped_TK, num_experts=experts.gate.shape[0]
     )
+    if grouped is None:
+        grouped = prefers_grouped(hidden_TD, experts.gate, top_k=expert_ids_TK.shape[1])
+    if grouped and dropped_TK is None:
+        return GroupedSwiGLU.apply(  # type: ignore[no-any-return, no-untyped-call]
+            hidden_TD.contiguous(), expert_weights_TK.contiguous(), *experts,
+            row_of_choice_TK, choice_of_row_C, counts_E, steps,
+        )  # fmt: skip
     order = _Order(row_of_choice_TK, choice_of_row_C, _begin_read(counts_E))
     return _RoutedSwiGLU.apply(  # type: ignore[no-any-return, no-untyped-call]
         hidden_TD.contiguous(), expert_weights_TK.contiguous(), *experts, order, steps, keeps

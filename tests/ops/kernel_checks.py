@@ -119,6 +119,25 @@ def check_router(problem: Problem) -> None:
     assert_close(found_ED.double(), grad_TE.double().T @ problem.hidden_TD.double(), rtol=1e-4, atol=1e-3)
 
 
+def check_grouped(problem: Problem) -> None:
+    """One product for all experts, against expert by expert; where the GPU's grouped products take the shape."""
+    fits = problem.width % 8 == problem.inner % 8 == 0 and problem.hidden_TD.dtype == torch.bfloat16
+    if problem.dropped_TK is not None or not fits:
+        return
+    results = []
+    for grouped in (True, False):
+        leaves = [leaf.detach().clone().requires_grad_() for leaf in (problem.hidden_TD, *problem.parts)]
+        hidden, gate, up, down = leaves
+        output_TD = routed_swiglu(
+            hidden, problem.ids_TK, problem.weights_TK, SwiGLUExperts(gate, up, down), grouped=grouped
+        )
+        output_TD.square().sum().backward()
+        results.append([output_TD, *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(*results):
+        scale = expected.float().abs().max().clamp_min(1e-3)
+        assert_close(found.float() / scale, expected.float() / scale, **TOLERANCE[torch.bfloat16])
+
+
 def check_layer(problem: Problem) -> None:
     """Router and experts together, values and gradients, kernels against plain steps; tokens not contiguous."""
     results = []
@@ -143,6 +162,7 @@ CHECKS: dict[str, Callable[[Problem], None]] = {
     "swiglu": check_swiglu,
     "router": check_router,
     "layer": check_layer,
+    "grouped": check_grouped,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -24,8 +25,9 @@ class Choices(NamedTuple):
     dropped: Tensor | None = None
 
 
-def fused(hidden: Tensor, choices: Choices, experts: SwiGLUExperts) -> Tensor:
-    return routed_swiglu(hidden, choices.expert_ids, choices.weights, experts, dropped_TK=choices.dropped)
+def fused(hidden: Tensor, choices: Choices, experts: SwiGLUExperts, grouped: bool = False) -> Tensor:
+    ids, weights, dropped = choices
+    return routed_swiglu(hidden, ids, weights, experts, dropped_TK=dropped, grouped=grouped)
 
 
 def loop(hidden: Tensor, choices: Choices, experts: SwiGLUExperts) -> Tensor:
@@ -45,13 +47,16 @@ def check_close(found: Tensor, expected: Tensor, name: str = "") -> None:
     assert (found - expected).norm() <= 2e-6 * expected.norm(), name
 
 
-def draw(*, tokens: int = T, top_k: int = K, drops: bool = False, dtype: torch.dtype = torch.float64) -> tuple:
+def draw(
+    *, tokens: int = T, top_k: int = K, drops: bool = False, inner: int = F, dtype: torch.dtype = torch.float64
+) -> tuple:
     torch.manual_seed(tokens + top_k)
     ids = (
         torch.stack([torch.randperm(E - 1)[:top_k] for _ in range(tokens)]) if tokens else torch.zeros(0, top_k).long()
     )
     dropped = torch.rand(tokens, top_k) < 0.3 if drops else None
-    sizes = {"hidden": (tokens, D), "weights": (tokens, top_k), "gate": (E, F, D), "up": (E, F, D), "down": (E, D, F)}
+    sizes = {"hidden": (tokens, D), "weights": (tokens, top_k)}
+    sizes |= {"gate": (E, inner, D), "up": (E, inner, D), "down": (E, D, inner)}
     return {name: torch.randn(size, dtype=dtype) for name, size in sizes.items()}, ids, dropped
 
 
@@ -61,6 +66,21 @@ def run(compute, leaves: dict[str, Tensor], ids: Tensor, dropped: Tensor | None,
     output = compute(own["hidden"], choices, SwiGLUExperts(own["gate"], own["up"], own["down"]))
     output.backward(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output))
     return {"output": output.detach(), **{name: own[name].grad for name in NAMES}}
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_grouped_products_give_the_same(top_k: int) -> None:
+    leaves, ids, _ = draw(top_k=top_k, inner=8, dtype=torch.float32)
+    by_groups = run(partial(fused, grouped=True), leaves, ids, None)
+    for name, value in run(partial(fused, grouped=False), leaves, ids, None).items():
+        torch.testing.assert_close(by_groups[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("frozen", [("hidden",), ("gate", "up", "down"), ("up",), ("down",)])
+def test_grouped_products_of_what_is_frozen_are_left_out(frozen: tuple[str, ...]) -> None:
+    leaves, ids, _ = draw(inner=8, dtype=torch.float32)
+    found = run(partial(fused, grouped=True), leaves, ids, None, frozen=frozen)
+    assert {name for name in NAMES if found[name] is None} == set(frozen)
 
 
 @pytest.mark.parametrize("drops", [False, True])
