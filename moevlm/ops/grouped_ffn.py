@@ -1,6 +1,6 @@
 """The routed SwiGLU feed-forward by grouped products: many experts with few rows each, and no word to the host.
 
-The same passes as `moevlm.ops.routed_ffn`; all experts' products are one kernel, which reads where an expert's rows end.
+The same passes as `moevlm.ops.routed_ffn`; all experts' products are one kernel, which reads where each one's rows end.
 """
 
 from __future__ import annotations

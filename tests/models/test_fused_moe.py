@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from moevlm.models.moe.experts import Projection, StackedExperts
 from moevlm.models.moe.lora_experts import LoRAExperts
 from moevlm.models.moe.moe_layer import SparseMoE
 from moevlm.models.moe.recorder import RoutingRecorder
@@ -142,3 +143,26 @@ def test_torch_compile_leaves_the_fused_layer_as_it_is() -> None:
     torch.testing.assert_close(found, expected)
     found.sum().backward()
     assert layer.router.weight.grad.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_experts", [4, 16])
+def test_on_a_gpu_auto_is_fused_and_equals_plain(num_experts: int) -> None:
+    width, inner = 256, 344
+    torch.manual_seed(0)
+    names = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    parts = [Projection(name, torch.randn(num_experts, *size) * size[1] ** -0.5, None) for name, size in names.items()]
+    hidden = torch.randn(999, width, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for kernel in ("auto", "plain"):
+        settings = MoESettings(num_experts=num_experts, kernel=kernel)
+        experts = StackedExperts([part._replace(weight=part.weight.clone()) for part in parts], nn.SiLU()).bfloat16()
+        router = Router(width, num_experts, init_std=0.2)
+        layer = SparseMoE(router, experts, settings=settings, layer_index=0, recorder=RoutingRecorder()).cuda()
+        own = hidden.clone().requires_grad_()
+        output = layer(own)
+        output.float().square().sum().backward()
+        few = layer(hidden[:7].clone())
+        results.append((output, own.grad, few, *(parameter.grad for parameter in layer.parameters())))
+    for found, expected in zip(*results):
+        assert (found.float() - expected.float()).norm() < 2e-2 * expected.float().norm()
