@@ -11,23 +11,40 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from moevlm.batch import VLMBatch
+from moevlm.models.counting import training_flops
+from moevlm.models.vlm import VLM
+
 
 class ThroughputMonitor(Callback):
-    """Log ``perf/tokens_per_second``, ``perf/samples_per_second`` and ``perf/peak_memory_gib``.
+    """Log ``perf/tokens_per_second``, ``perf/samples_per_second``, ``perf/peak_memory_gib``; on request ``perf/mfu``.
 
     Tokens are those the student's decoder sees, visual tokens included; tokens and samples are those of all ranks, over
     the last `every_n_steps` steps. The clock includes waiting for data and excludes validation. Memory is the peak on
-    this rank's GPU since the start, or of the process on a CPU.
+    this rank's GPU since the start, or of the process on a CPU. MFU are the model's FLOPs of this rank's micro-batches
+    (`moevlm.models.counting.training_flops`) over what `ceiling_tflops` gives in that time, a teacher's left out.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
+    def __init__(self, every_n_steps: int = 10, ceiling_tflops: float | None = None) -> None:
+        """Keep the settings.
+
+        Args:
+            every_n_steps: steps of one value.
+            ceiling_tflops: TFLOP/s of the device's matrix products, measured (``experiments.benchmark`` prints it) or
+                promised; None logs no MFU.
+        """
         if every_n_steps < 1:
             raise ValueError(
                 f"every_n_steps must be at least 1, got {every_n_steps}; set callbacks.throughput.every_n_steps"
             )
-        self.every_n_steps = every_n_steps
+        if ceiling_tflops is not None and not ceiling_tflops > 0:
+            raise ValueError(
+                f"ceiling_tflops must be positive, or null for no MFU, got {ceiling_tflops}; "
+                "set callbacks.throughput.ceiling_tflops"
+            )
+        self.every_n_steps, self.ceiling_tflops = every_n_steps, ceiling_tflops
         self._since, self._seconds = 0.0, 0.0
-        self._num_steps, self._num_tokens, self._num_samples = 0, 0.0, 0.0
+        self._num_steps, self._num_tokens, self._num_samples, self._flop = 0, 0.0, 0.0, 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._reset()
@@ -44,6 +61,8 @@ class ThroughputMonitor(Callback):
         self._num_steps += 1
         self._num_tokens += outputs["counts"]["tokens"]
         self._num_samples += outputs["counts"]["sequences"]
+        if self.ceiling_tflops is not None and type(pl_module.model) is VLM:  # a modular one runs other decoders
+            self._flop += sum(_flop(pl_module.model, one) for one in (batch if isinstance(batch, list) else [batch]))
         if self._num_steps < self.every_n_steps:
             return
         values = {
@@ -51,12 +70,19 @@ class ThroughputMonitor(Callback):
             "perf/samples_per_second": self._num_samples / self._seconds,
             "perf/peak_memory_gib": peak_memory_gib(pl_module.device),
         }
+        if self._flop and self.ceiling_tflops is not None:
+            values["perf/mfu"] = self._flop / self._seconds / (self.ceiling_tflops * 1e12)
         pl_module.log_dict(values, on_step=True, on_epoch=False, rank_zero_only=True)
         self._reset()
 
     def _reset(self) -> None:
         self._seconds, self._num_steps = 0.0, 0
-        self._num_tokens, self._num_samples = 0.0, 0.0
+        self._num_tokens, self._num_samples, self._flop = 0.0, 0.0, 0.0
+
+
+def _flop(model: VLM, batch: VLMBatch) -> float:
+    lengths = model.sequence_lengths(batch)
+    return training_flops(model, lengths, num_targets=batch.num_targets, num_images=batch.num_images)
 
 
 def peak_memory_gib(device: torch.device) -> float:

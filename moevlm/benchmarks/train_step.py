@@ -28,7 +28,6 @@ from moevlm.losses.moe import load_balancing_loss
 from moevlm.models.build import build_vlm
 from moevlm.models.counting import training_flops
 from moevlm.models.freezing import freeze_except
-from moevlm.models.splicing import spliced_lengths
 from moevlm.models.vlm import VLM
 
 EVERYTHING = ["^connector", "^language_model"]
@@ -269,8 +268,7 @@ def _flop(model: VLM, batch: VLMBatch) -> float:
 
 
 def _shape(model: VLM, batch: VLMBatch) -> tuple[Sequence[int], int, int]:
-    lengths = spliced_lengths(batch, model.visual_token_counts(batch, batch.num_images, "default"))
-    return lengths, batch.num_targets, batch.num_images
+    return model.sequence_lengths(batch), batch.num_targets, batch.num_images
 
 
 def _seconds_at_ceiling(flop: float, ceilings: Ceilings) -> float:

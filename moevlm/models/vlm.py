@@ -107,9 +107,13 @@ class VLM(nn.Module):
         """The vocabulary projection. Read it anew after each forward: under FSDP2 the weights are whole only then."""
         return language_model_head(self.language_model)
 
+    def sequence_lengths(self, batch: VLMBatch, view: str = DEFAULT_VIEW) -> tuple[int, ...]:
+        """[B] tokens of each sequence as this model sees it, visual tokens included; host arithmetic only."""
+        return spliced_lengths(batch, self.visual_token_counts(batch, batch.num_images, view))
+
     def count_tokens(self, batch: VLMBatch, view: str = DEFAULT_VIEW) -> int:
-        """U: tokens of the batch as this model sees it, visual tokens included; host arithmetic only."""
-        return sum(spliced_lengths(batch, self.visual_token_counts(batch, batch.num_images, view)))
+        """U: tokens of the batch as this model sees it; host arithmetic only."""
+        return sum(self.sequence_lengths(batch, view))
 
     # packed: training and scoring
 
@@ -312,7 +316,7 @@ class VLM(nn.Module):
 
     def _check_context(self, batch: VLMBatch, view: str) -> None:
         limit = context_length(self.language_model.config)
-        lengths = spliced_lengths(batch, self.visual_token_counts(batch, batch.num_images, view))
+        lengths = self.sequence_lengths(batch, view)
         if limit is not None and max(lengths) > limit:
             row = lengths.index(max(lengths))
             name = batch.keys[row] if batch.keys else f"sequence {row}"

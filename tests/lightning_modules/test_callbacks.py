@@ -15,6 +15,7 @@ from lightning_modules.callbacks.throughput_monitor import ThroughputMonitor
 from lightning_modules.loggers import JsonlLogger, read_rows
 from lightning_modules.objective import StepRouting
 from moevlm.batch import Routing, Segment
+from moevlm.models.counting import training_flops
 from tests.lightning_modules.runs import fit, loader, make_batch, make_stage, parameters_of, quiet_trainer
 
 
@@ -73,6 +74,23 @@ def test_monitors_change_no_result_and_dense_models_log_nothing_of_routers() -> 
     assert not [key for key in trainer.callback_metrics if "layer" in key]
     assert trainer.callback_metrics["perf/tokens_per_second"] > trainer.callback_metrics["perf/samples_per_second"] > 0
     assert trainer.callback_metrics["perf/peak_memory_gib"] > 0.05
+
+
+def test_mfu_is_the_steps_flops_over_the_ceilings() -> None:
+    stage, batches = make_stage("moe_tuning"), [make_batch()] * 2
+    monitor = ThroughputMonitor(every_n_steps=2, ceiling_tflops=1e-3)
+    trainer = fit(stage, batches, callbacks=[monitor])
+    metrics = trainer.callback_metrics
+    flop = sum(
+        training_flops(
+            stage.model, stage.model.sequence_lengths(one), num_targets=one.num_targets, num_images=one.num_images
+        )
+        for one in batches
+    )
+    seconds = sum(one.num_sequences for one in batches) / metrics["perf/samples_per_second"].item()
+    assert metrics["perf/mfu"].item() == pytest.approx(flop / seconds / 1e9, rel=1e-4)
+    with pytest.raises(ValueError, match="ceiling_tflops must be positive"):
+        ThroughputMonitor(ceiling_tflops=0)
 
 
 def test_checkpoints_come_every_n_steps_and_after_the_last_and_the_newest_stay(tmp_path: Path) -> None:
