@@ -28,6 +28,7 @@ BATCHES = [tiny_batch(("siqa", "sqqaa"), seed=1), tiny_batch(("sqqaaa",), seed=2
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "checkpointing": {"gradient_checkpointing": True},
+    "fused": {"moe": {**MOE, "kernel": "fused"}, "gradient_checkpointing": True},
     "three_experts": {"moe": {**MOE, "num_experts": 3}},
 }
 
@@ -37,7 +38,11 @@ def adversarial_routing(vlm: VLM, rank: int) -> None:
     for layer in vlm.moe_layers.values():
         bias = torch.zeros(layer.num_experts)
         bias[rank] = 50.0
-        layer.router.register_forward_hook(lambda module, args, logits, bias=bias: logits + bias)
+
+        def prefer(module: Any, args: Any, found: Any, bias: torch.Tensor = bias) -> Any:
+            return (found[0] + bias, found[1]) if isinstance(found, tuple) else found + bias  # fused: tokens, too
+
+        layer.router.register_forward_hook(prefer)
 
 
 def step_loss(vlm: VLM, output: VLMOutput, batch: VLMBatch) -> torch.Tensor:
