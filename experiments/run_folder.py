@@ -28,8 +28,9 @@ from lightning_modules.checkpoint_files import list_checkpoints, newest_sound, t
 WATCHING = ("logger", "run_dir", "callbacks.progress", "callbacks.checkpoint")
 SPLITTING = ("trainer.devices", "trainer.num_nodes", "micro_batch_size", "data.micro_batch_size")
 LOADING = ("data.num_workers", "data.pin_memory")
-NOT_COMPARED = (*WATCHING, *SPLITTING, *LOADING)
-"""Keys that change how a run is watched, split over devices or fed: every step takes the same samples all the same."""
+COMPUTING = ("model.moe.kernel",)
+NOT_COMPARED = (*WATCHING, *SPLITTING, *LOADING, *COMPUTING)
+"""Keys that change how a run is watched, split, fed or computed: every step takes the same samples all the same."""
 
 PACKAGES = ("torch", "lightning", "transformers", "timm", "hydra-core", "wandb", "fsspec", "numpy")
 
@@ -146,15 +147,20 @@ def environment() -> dict[str, Any]:
 def commit() -> str:
     """The git commit of the code, with ``+changes`` when the tree is not clean.
 
-    Outside a checkout it is what MOEVLM_COMMIT says (for code that travels without its history), or ``unknown``.
+    Outside a checkout, a copy in a folder of another one included, it is what MOEVLM_COMMIT says (for code that travels
+    without its history), or ``unknown``.
     """
     root = Path(__file__).resolve().parent.parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+        prefix, head, dirty = (
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--show-prefix"], ["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
     except (OSError, subprocess.CalledProcessError):
+        prefix = "no checkout"
+    if prefix:
         return os.environ.get("MOEVLM_COMMIT", "unknown")
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    return head + ("+changes" if dirty else "")
 
 
 def _installed(package: str) -> bool:

@@ -82,12 +82,14 @@ def run_cases(
     repeats: int = 20,
     most_seconds: float = 5.0,
     only: str | None = None,
+    skip: str | None = None,
 ) -> Iterator[Result]:
     """Measure every contender of every case, in order.
 
     Args:
         repeats: at most; fewer (at least 3) where they would take longer than `most_seconds`.
         only: measure contenders whose "case/contender" contains this, and the floors of their cases.
+        skip: and of these none that contains this.
 
     Raises:
         ValueError: `repeats` or `warmup` that measure nothing.
@@ -99,7 +101,7 @@ def run_cases(
     for case in cases:
         floor_seconds = None if isinstance(case.floor, str) else case.floor(ceilings)
         expected: Outputs | None = None
-        named = [one for one in case.contenders if only is None or only in f"{case.name}/{one.name}"]
+        named = [one for one in case.contenders if _is_named(f"{case.name}/{one.name}", only, skip)]
         for contender in case.contenders:
             is_floor = contender.name == case.floor
             if contender not in named and not (is_floor and named):
@@ -120,6 +122,10 @@ def run_cases(
             yield result
         del expected
         release(device)
+
+
+def _is_named(name: str, only: str | None, skip: str | None) -> bool:
+    return (only is None or only in name) and (skip is None or skip not in name)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -89,9 +89,9 @@ def peers(capacity: int) -> dict[str, Callable[[Weights], Layer]]:
         "plain (ours)": partial(moe_peers.ours, kernel="plain"),
         "transformers eager": partial(moe_peers.transformers_experts, implementation="eager"),
         "transformers grouped_mm": partial(moe_peers.transformers_experts, implementation="grouped_mm"),
-        "liger": moe_peers.liger_experts,
         "scattermoe": moe_peers.scatter_moe,
         "einsum dispatch": partial(moe_peers.einsum_dispatch, capacity=capacity),
+        "liger": moe_peers.liger_experts,
     }
 
 

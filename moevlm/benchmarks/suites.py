@@ -40,6 +40,7 @@ def run_suite(
     output: str | Path = "outputs/benchmarks",
     commit: str = "unknown",
     only: str | None = None,
+    skip: str | None = None,
     warmup: int = 5,
     repeats: int = 20,
     most_seconds: float = 5.0,
@@ -65,6 +66,7 @@ def run_suite(
         repeats=repeats,
         most_seconds=most_seconds,
         only=only,
+        skip=skip,
     )
     results = write_results(Path(output) / f"{suite}.jsonl", about, measured)
     show_table(suite, about, results)

@@ -20,7 +20,7 @@ def sort_choices(
         dropped_TK: choices that get no row; None: all have one.
 
     Returns:
-        [T, K] int32, -1 where dropped; [T * K] int32, only the first ``counts.sum()`` mean something; [E] int32.
+        [T, K] int32, -1 where dropped; [T * K] int32, any choice behind the first ``counts.sum()``; [E] int32.
     """
     ids_C = expert_ids_TK.flatten()
     if dropped_TK is not None:

@@ -9,7 +9,8 @@ copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from moevlm.ops.decode import MAX_ROWS, Choices, gated_ffn
 from moevlm.ops.grouped_ffn import GroupedSwiGLU, prefers_grouped
-from moevlm.ops.lanes import assign, open_lanes
 from moevlm.ops.steps import Steps, steps_for
 
-NUM_LANES = 2
 MOST_EXPERTS = 128  # tiles of the kernels hold a number for each
 
 
@@ -102,31 +101,20 @@ class _RoutedSwiGLU(torch.autograd.Function):
     ) -> Tensor:
         top_k, width, inner = weights_TK.shape[1], hidden_TD.shape[1], gate_EFD.shape[1]
         rows_CD = hidden_TD.new_empty(weights_TK.numel(), width)
-        if order.row_of_choice.device.type == "cuda":  # the copies run while the counts travel to the host
-            steps.gather_rows(hidden_TD, order.choice_of_row, rows_CD, top_k=top_k)
+        steps.gather_rows(hidden_TD, order.choice_of_row, rows_CD, top_k=top_k)  # while the counts travel to the host
         counts = order.read_counts()
         num_rows = sum(counts)
         rows_MD, choice_of_row_M = rows_CD[:num_rows], order.choice_of_row[:num_rows]
-        if order.row_of_choice.device.type != "cuda":
-            steps.gather_rows(hidden_TD, choice_of_row_M, rows_MD, top_k=top_k)
-        lanes_of = assign(counts, num_lanes=NUM_LANES)
-        with_backward = num_rows if keeps else 0
-        gate_MF, up_MF = (hidden_TD.new_empty(with_backward, inner) for _ in range(2))
-        buffers = [
-            _empty(hidden_TD, 1 if keeps else 3, max((counts[e] for e in lane), default=0), inner) for lane in lanes_of
-        ]
-        with open_lanes(hidden_TD.device, num_lanes=NUM_LANES) as lanes:
-            for lane, (mine, buffer) in enumerate(zip(lanes_of, buffers)):
-                with lanes.on(min(lane, len(lanes) - 1)):
-                    for e in mine:
-                        span = _span(counts, e)
-                        inner_RF = buffer[0][: counts[e]]
-                        gate_RF = gate_MF[span] if keeps else buffer[1][: counts[e]]
-                        up_RF = up_MF[span] if keeps else buffer[2][: counts[e]]
-                        torch.mm(rows_MD[span], gate_EFD[e].T, out=gate_RF)
-                        torch.mm(rows_MD[span], up_EFD[e].T, out=up_RF)
-                        steps.swiglu(gate_RF, up_RF, weights_TK, choice_of_row_M[span], inner_RF)
-                        torch.mm(inner_RF, down_EDF[e].T, out=rows_MD[span])  # the tokens' copies are not needed again
+        most_rows = max(counts, default=0)
+        gate_MF, up_MF = (hidden_TD.new_empty(num_rows if keeps else most_rows, inner) for _ in range(2))
+        inner_MF = hidden_TD.new_empty(most_rows, inner)
+        for e, span in _spans(counts):
+            place = span if keeps else slice(0, counts[e])
+            gate_RF, up_RF, inner_RF = gate_MF[place], up_MF[place], inner_MF[: counts[e]]
+            torch.mm(rows_MD[span], gate_EFD[e].T, out=gate_RF)
+            torch.mm(rows_MD[span], up_EFD[e].T, out=up_RF)
+            steps.swiglu(gate_RF, up_RF, weights_TK, choice_of_row_M[span], inner_RF)
+            torch.mm(inner_RF, down_EDF[e].T, out=rows_MD[span])  # the tokens' copies are not needed again
         ctx.save_for_backward(
             hidden_TD, weights_TK, gate_EFD, up_EFD, down_EDF, order.row_of_choice, choice_of_row_M, gate_MF, up_MF
         )
@@ -139,11 +127,8 @@ class _RoutedSwiGLU(torch.autograd.Function):
         hidden_TD, weights_TK, gate_EFD, up_EFD, down_EDF, row_of_choice_TK, choice_of_row_M, gate_MF, up_MF = (
             ctx.saved_tensors
         )
-        counts, steps, (wants_hidden, _, wants_gate, wants_up, wants_down, *_) = (
-            ctx.counts,
-            ctx.steps,
-            ctx.needs_input_grad,
-        )
+        counts, steps = ctx.counts, ctx.steps
+        wants_hidden, _, wants_gate, wants_up, wants_down, *_ = ctx.needs_input_grad
         top_k, num_rows = weights_TK.shape[1], gate_MF.shape[0]
         output_grad_TD = output_grad_TD.contiguous()
         weights_grad_TK = torch.zeros_like(weights_TK, dtype=torch.float32)
@@ -152,34 +137,28 @@ class _RoutedSwiGLU(torch.autograd.Function):
             for weight, wants in ((gate_EFD, wants_gate), (up_EFD, wants_up), (down_EDF, wants_down))
         )
         rows_grad_MD = hidden_TD.new_empty(num_rows if wants_hidden else 0, hidden_TD.shape[1])
-        lanes_of = assign(counts, num_lanes=NUM_LANES)
-        sizes = [max((counts[e] for e in lane), default=0) for lane in lanes_of]
-        wide = [_empty(hidden_TD, 3, size, gate_EFD.shape[1]) for size in sizes]
-        narrow = [hidden_TD.new_empty(size, hidden_TD.shape[1]) for size in sizes]
-        with open_lanes(hidden_TD.device, num_lanes=NUM_LANES) as lanes:
-            for lane, mine in enumerate(lanes_of):
-                with lanes.on(min(lane, len(lanes) - 1)):
-                    for e in mine:
-                        span, size = _span(counts, e), counts[e]
-                        choices_R, rows_RD = choice_of_row_M[span], narrow[lane][:size]
-                        grad_RF, inner_RF, up_grad_RF = (buffer[:size] for buffer in wide[lane])
-                        steps.gather_rows(output_grad_TD, choices_R, rows_RD, top_k=top_k)
-                        torch.mm(rows_RD, down_EDF[e], out=grad_RF)
-                        steps.swiglu_backward(
-                            gate_MF[span], up_MF[span], weights_TK, choices_R, grad_RF,
-                            out_RF=inner_RF, up_grad_RF=up_grad_RF, weights_grad_TK=weights_grad_TK,
-                        )  # fmt: skip
-                        if down_grad is not None:
-                            torch.mm(rows_RD.T, inner_RF, out=down_grad[e])
-                        if wants_hidden:
-                            torch.mm(grad_RF, gate_EFD[e], out=rows_grad_MD[span])
-                            rows_grad_MD[span].addmm_(up_grad_RF, up_EFD[e])
-                        if gate_grad is not None or up_grad is not None:
-                            steps.gather_rows(hidden_TD, choices_R, rows_RD, top_k=top_k)
-                        if gate_grad is not None:
-                            torch.mm(grad_RF.T, rows_RD, out=gate_grad[e])
-                        if up_grad is not None:
-                            torch.mm(up_grad_RF.T, rows_RD, out=up_grad[e])
+        wide = [hidden_TD.new_empty(max(counts, default=0), gate_EFD.shape[1]) for _ in range(3)]
+        narrow = hidden_TD.new_empty(max(counts, default=0), hidden_TD.shape[1])
+        for e, span in _spans(counts):
+            grad_RF, inner_RF, up_grad_RF = (buffer[: counts[e]] for buffer in wide)
+            choices_R, rows_RD = choice_of_row_M[span], narrow[: counts[e]]
+            steps.gather_rows(output_grad_TD, choices_R, rows_RD, top_k=top_k)
+            torch.mm(rows_RD, down_EDF[e], out=grad_RF)
+            steps.swiglu_backward(
+                gate_MF[span], up_MF[span], weights_TK, choices_R, grad_RF,
+                out_RF=inner_RF, up_grad_RF=up_grad_RF, weights_grad_TK=weights_grad_TK,
+            )  # fmt: skip
+            if down_grad is not None:
+                torch.mm(rows_RD.T, inner_RF, out=down_grad[e])
+            if wants_hidden:
+                torch.mm(grad_RF, gate_EFD[e], out=rows_grad_MD[span])
+                rows_grad_MD[span].addmm_(up_grad_RF, up_EFD[e])
+            if gate_grad is not None or up_grad is not None:
+                steps.gather_rows(hidden_TD, choices_R, rows_RD, top_k=top_k)
+            if gate_grad is not None:
+                torch.mm(grad_RF.T, rows_RD, out=gate_grad[e])
+            if up_grad is not None:
+                torch.mm(up_grad_RF.T, rows_RD, out=up_grad[e])
         del wide, narrow
         hidden_grad_TD = steps.sum_rows(rows_grad_MD, row_of_choice_TK) if wants_hidden else None
         return hidden_grad_TD, weights_grad_TK.to(weights_TK.dtype), gate_grad, up_grad, down_grad, None, None, None
@@ -201,13 +180,10 @@ def _begin_read(counts_E: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-def _span(counts: Sequence[int], expert: int) -> slice:
-    first = sum(counts[:expert])
-    return slice(first, first + counts[expert])
-
-
-def _empty(like: Tensor, number: int, rows: int, columns: int) -> list[Tensor]:
-    return [like.new_empty(rows, columns) for _ in range(number)]
+def _spans(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Experts that have rows, and their rows."""
+    ends = itertools.accumulate(counts)
+    return ((e, slice(end - count, end)) for e, (count, end) in enumerate(zip(counts, ends)) if count)
 
 
 def _empty_experts(weight_EIO: Tensor, counts: Sequence[int]) -> Tensor:

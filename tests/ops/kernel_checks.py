@@ -67,6 +67,7 @@ def check_sorting(problem: Problem) -> None:
     expected_TK, expected_M, expected_E = problem.order
     assert rows_TK.tolist() == expected_TK.tolist()
     assert choices_C[: len(expected_M)].tolist() == expected_M.tolist()
+    assert all(0 <= choice < problem.ids_TK.numel() for choice in choices_C.tolist())
     assert counts_E.tolist() == expected_E.tolist()
 
 

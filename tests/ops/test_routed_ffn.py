@@ -12,7 +12,6 @@ from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
 from moevlm.ops.fused_router import router_logits
-from moevlm.ops.lanes import assign
 from moevlm.ops.routed_ffn import SwiGLUExperts, routed_swiglu
 
 T, E, K, D, F = 100, 5, 2, 12, 7  # more tokens than the path for a few of them takes
@@ -180,8 +179,3 @@ def test_gradients_of_the_router_are_those_of_a_linear_map(uses: tuple[str, ...]
         results.append((logits.detach(), own.grad, router.grad))
     for found, expected in zip(*results):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_lanes_share_the_rows_evenly_and_skip_empty_pieces() -> None:
-    assert assign([5, 0, 9, 3, 2], num_lanes=2) == [[2], [0, 3, 4]]
-    assert assign([0, 0], num_lanes=2) == [[], []]

@@ -83,7 +83,9 @@ def sort_choices(
     flags = {"HAS_DROPPED": dropped_TK is not ids_TK, "E": max(2, triton.next_power_of_2(num_experts))}
     flags["BLOCK"] = max(16, min(1024, MOST_ONE_HOT // flags["E"], triton.next_power_of_2(ids_TK.numel())))
     row_of_choice_TK = torch.empty_like(ids_TK, dtype=torch.int32)
-    choice_of_row_M = torch.empty(ids_TK.numel(), dtype=torch.int32, device=ids_TK.device)
+    # rows that dropped choices leave over are copied like the others before the host knows how many there are
+    new = torch.zeros if flags["HAS_DROPPED"] else torch.empty
+    choice_of_row_M = new(ids_TK.numel(), dtype=torch.int32, device=ids_TK.device)
     counts_E = torch.empty(num_experts, dtype=torch.int32, device=ids_TK.device)
     num_blocks = triton.cdiv(ids_TK.numel(), flags["BLOCK"])
     blocks_BE = torch.empty(num_blocks, flags["E"], dtype=torch.int32, device=ids_TK.device)
