@@ -9,6 +9,46 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from moevlm.ops.routing import expert_scores, top_k_routing
+
+
+def choose(
+    logits_TE: Tensor, bias_E: Tensor | None, *, top_k: int, score: str, normalise: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities [T, E], choices [T, K] int64 and their weights [T, K] of `top_k_routing`; float32."""
+    routing = top_k_routing(logits_TE, top_k=top_k, score=score, normalise=normalise, selection_bias_E=bias_E)
+    return routing.router_probs, routing.expert_ids, routing.expert_weights
+
+
+def choose_backward(
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    probs_grad_TE: Tensor | None,
+    weights_grad_TK: Tensor | None,
+    *,
+    score: str,
+    normalise: bool,
+) -> Tensor:
+    """The gradient of the logits, given those of `choose`'s probabilities p and weights w (None: nobody wants them).
+
+    With s the logarithms of the scores: ``ds = p * (dp - sum(p * dp))``, plus at the choices ``w * dw``, from which
+    ``w * sum(w * dw)`` is taken if normalised over several. Softmax scores give ``ds - p * sum(ds)``, sigmoid ones
+    ``ds * sigmoid(-logits)``.
+    """
+    _, probs_TE = expert_scores(logits_TE, score=score)
+    grad_TE = torch.zeros_like(logits_TE)
+    if weights_grad_TK is not None:
+        parts_TK = weights_TK * weights_grad_TK
+        if normalise and ids_TK.shape[1] > 1:
+            parts_TK = parts_TK - weights_TK * parts_TK.sum(dim=1, keepdim=True)
+        grad_TE.scatter_(1, ids_TK, parts_TK)
+    if probs_grad_TE is not None:
+        grad_TE += probs_TE * (probs_grad_TE - (probs_TE * probs_grad_TE).sum(dim=1, keepdim=True))
+    if score == "sigmoid":
+        return grad_TE * torch.sigmoid(-logits_TE)
+    return grad_TE - probs_TE * grad_TE.sum(dim=1, keepdim=True)
+
 
 def sort_choices(
     expert_ids_TK: Tensor, dropped_TK: Tensor | None, *, num_experts: int

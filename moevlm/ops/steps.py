@@ -17,6 +17,8 @@ from moevlm.ops.decode import has_kernels
 class Steps:
     """One implementation of the functions of `plain_steps`, which says what each computes."""
 
+    choose: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    choose_backward: Callable[..., Tensor]
     sort_choices: Callable[..., tuple[Tensor, Tensor, Tensor]]
     gather_rows: Callable[..., None]
     sum_rows: Callable[..., Tensor]
@@ -38,9 +40,9 @@ PLAIN = _collect(plain_steps)
 @functools.cache
 def triton_steps() -> Steps:
     """The kernels; imports Triton."""
-    from moevlm.ops.kernels import router, rows, sorting, swiglu
+    from moevlm.ops.kernels import choosing, router, rows, sorting, swiglu
 
-    return _collect(router, rows, sorting, swiglu)
+    return _collect(choosing, router, rows, sorting, swiglu)
 
 
 def steps_for(tensor: Tensor) -> Steps:

@@ -71,6 +71,26 @@ def check_sorting(problem: Problem) -> None:
     assert counts_E.tolist() == expected_E.tolist()
 
 
+def check_choosing(problem: Problem) -> None:
+    """Choices exactly, probabilities, weights and the gradient of the logits; every kind of score."""
+    logits_TE = torch.randn(problem.tokens, problem.experts, device=problem.hidden_TD.device)
+    logits_TE[::3] = logits_TE[::3].round()  # ties
+    bias_E = torch.rand(problem.experts, device=logits_TE.device)
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    for score, normalise, bias in (("softmax", True, None), ("sigmoid", True, bias_E), ("softmax", False, None)):
+        options = {"top_k": problem.top_k, "score": score, "normalise": normalise}
+        found = triton_steps().choose(logits_TE, bias, **options)
+        probs_TE, ids_TK, weights_TK = PLAIN.choose(logits_TE, bias, **options)
+        assert found[1].tolist() == ids_TK.tolist()
+        assert_close(found[0], probs_TE, **close)
+        assert_close(found[2], weights_TK, **close)
+        del options["top_k"]
+        for grads in ((None, weights_TK.cos()), (probs_TE.cos(), weights_TK.cos()), (probs_TE.cos(), None)):
+            arguments = (logits_TE, ids_TK, weights_TK, *grads)
+            found_TE = triton_steps().choose_backward(*arguments, **options)
+            assert_close(found_TE, PLAIN.choose_backward(*arguments, **options), **close)
+
+
 def check_rows(problem: Problem) -> None:
     """Copies are exact, sums are those of float32."""
     rows_TK, choices_M, _ = problem.order
@@ -158,6 +178,7 @@ def check_layer(problem: Problem) -> None:
 
 
 CHECKS: dict[str, Callable[[Problem], None]] = {
+    "choosing": check_choosing,
     "sorting": check_sorting,
     "rows": check_rows,
     "swiglu": check_swiglu,

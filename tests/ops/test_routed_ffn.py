@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
+from moevlm.ops.fused_choosing import fused_top_k_routing
 from moevlm.ops.fused_router import router_logits
 from moevlm.ops.routed_ffn import SwiGLUExperts, routed_swiglu
+from moevlm.ops.routing import top_k_routing
 
 T, E, K, D, F = 100, 5, 2, 12, 7  # more tokens than the path for a few of them takes
 NAMES = ("hidden", "weights", "gate", "up", "down")
@@ -179,3 +181,25 @@ def test_gradients_of_the_router_are_those_of_a_linear_map(uses: tuple[str, ...]
         results.append((logits.detach(), own.grad, router.grad))
     for found, expected in zip(*results):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("top_k", [1, 3, E])
+@pytest.mark.parametrize("uses", [("probs",), ("weights",), ("probs", "weights")])
+def test_the_backward_of_choosing_is_that_of_autograd(
+    uses: tuple[str, ...], top_k: int, score: str, normalise: bool
+) -> None:
+    torch.manual_seed(top_k)
+    logits, bias = torch.randn(40, E), torch.rand(E)
+    results = []
+    for choose in (fused_top_k_routing, top_k_routing):
+        own = logits.clone().requires_grad_()
+        routing = choose(own, top_k=top_k, score=score, normalise=normalise, selection_bias_E=bias)
+        total = own.sum() * 0
+        total = total + (routing.router_probs.pow(3).sum() if "probs" in uses else 0)
+        total = total + ((routing.expert_weights + 1).pow(3)[:, 0].sum() if "weights" in uses else 0)
+        total.backward()
+        results.append((routing.expert_ids, routing.router_probs.detach(), routing.expert_weights.detach(), own.grad))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from moevlm.ops.capacity import expert_capacity
 from moevlm.ops.decode import Choices, gated_ffn, has_kernels
 from moevlm.ops.deepspeed import deepspeed_routing
 from moevlm.ops.dispatch import combine, dispatch_by_expert, permute
+from moevlm.ops.fused_choosing import fused_top_k_routing
 from moevlm.ops.routed_ffn import MOST_EXPERTS, SwiGLUExperts, routed_swiglu
 from moevlm.ops.routing import top_k_routing
 
@@ -152,7 +154,7 @@ class SparseMoE(nn.Module):
 
     def _route_fused(self, hidden_TD: Tensor) -> Tensor:
         logits_TE, hidden_TD = self.router(hidden_TD, with_tokens=True)
-        routing = self._choose(logits_TE)
+        routing = self._choose(logits_TE, fused_top_k_routing)
         self.recorder.record(self.layer_index, routing)
         device_type, scale, dtype = hidden_TD.device.type, self.settings.weight_scale, hidden_TD.dtype
         if torch.is_autocast_enabled(device_type):
@@ -164,10 +166,10 @@ class SparseMoE(nn.Module):
                 hidden_TD.to(dtype), routing.expert_ids, weights_TK, experts, dropped_TK=routing.dropped
             )
 
-    def _choose(self, router_logits_TE: Tensor) -> Routing:
+    def _choose(self, router_logits_TE: Tensor, choose: Callable[..., Routing] = top_k_routing) -> Routing:
         settings, bias_E = self.settings, self.router.selection_bias
         if settings.policy == "dropless":
-            return top_k_routing(
+            return choose(
                 router_logits_TE,
                 top_k=self.top_k,
                 score=settings.score,
