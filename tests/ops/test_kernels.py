@@ -27,6 +27,13 @@ def test_interpreted_kernels_equal_their_twins() -> None:
     assert interpreted("1", "2").count("ok ") == 2 * 2 * len(CHECKS)
 
 
+def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.ops.compile_kernels"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_interpreted_kernels_equal_their_twins_in_every_shape() -> None:
     assert interpreted(*map(str, range(len(SHAPES)))).count("ok ") == len(SHAPES) * 2 * len(CHECKS)
