@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,29 +100,41 @@ def run_cases(
             f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}; set these keys"
         )
     for case in cases:
-        floor_seconds = None if isinstance(case.floor, str) else case.floor(ceilings)
-        expected: Outputs | None = None
         named = [one for one in case.contenders if _is_named(f"{case.name}/{one.name}", only, skip)]
-        for contender in case.contenders:
-            is_floor = contender.name == case.floor
-            if contender not in named and not (is_floor and named):
-                continue
-            if expected is None and case.reference is not None and not is_floor:
-                expected = {name: tensor.detach() for name, tensor in case.reference().items()}
-            result = Result(case.name, contender.name, facts=dict(case.facts))
-            try:
-                _measure(result, contender.build(), expected, case.tolerance, device, warmup, repeats, most_seconds)
-            except Exception as error:  # a peer may fail in any way, and the others are still to be measured
-                first_line = (str(error).strip().splitlines() or [""])[0]
-                result.status, result.why = "not run", f"{type(error).__name__}: {first_line}"[:300]
-            release(device)
-            if is_floor:
-                floor_seconds = result.seconds
-            if result.seconds is not None and floor_seconds:
-                result.ratio = result.seconds / floor_seconds
-            yield result
-        del expected
+        wanted = [one for one in case.contenders if one in named or (named and one.name == case.floor)]
+        yield from _run_case(case, wanted, device, ceilings, Timing(warmup, repeats, most_seconds))
         release(device)
+
+
+class Timing(NamedTuple):
+    """How often a step is called."""
+
+    warmup: int
+    repeats: int
+    most_seconds: float
+
+
+def _run_case(
+    case: Case, contenders: Iterable[Contender], device: torch.device, ceilings: Ceilings, timing: Timing
+) -> Iterator[Result]:
+    floor_seconds = None if isinstance(case.floor, str) else case.floor(ceilings)
+    expected: Outputs | None = None
+    for contender in contenders:
+        is_floor = contender.name == case.floor
+        if expected is None and case.reference is not None and not is_floor:
+            expected = {name: tensor.detach() for name, tensor in case.reference().items()}
+        result = Result(case.name, contender.name, facts=dict(case.facts))
+        try:
+            _measure(result, contender.build(), expected, case.tolerance, device, timing)
+        except Exception as error:  # a peer may fail in any way, and the others are still to be measured
+            first_line = (str(error).strip().splitlines() or [""])[0]
+            result.status, result.why = "not run", f"{type(error).__name__}: {first_line}"[:300]
+        release(device)
+        if is_floor:
+            floor_seconds = result.seconds
+        if result.seconds is not None and floor_seconds:
+            result.ratio = result.seconds / floor_seconds
+        yield result
 
 
 def _is_named(name: str, only: str | None, skip: str | None) -> bool:
@@ -197,9 +210,7 @@ def _measure(
     expected: Outputs | None,
     tolerance: float,
     device: torch.device,
-    warmup: int,
-    repeats: int,
-    most_seconds: float,
+    timing: Timing,
 ) -> None:
     if expected is not None and work.outputs is not None:
         found = work.outputs()
@@ -214,6 +225,6 @@ def _measure(
     release(device)
     result.held_gib = torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else None
     result.peak_gib = peak_gib(work.step, device)
-    timed = median_seconds(work.step, device=device, warmup=warmup, repeats=repeats, most_seconds=most_seconds)
+    timed = median_seconds(work.step, device=device, **timing._asdict())
     result.seconds, result.slowest_seconds, result.repeats = timed
     result.rates = {unit: amount / result.seconds for unit, amount in work.units.items()}

@@ -59,10 +59,7 @@ def routed_swiglu(
     """
     keeps = torch.is_grad_enabled() and any(one.requires_grad for one in (hidden_TD, expert_weights_TK, *experts))
     if not keeps and 0 < hidden_TD.shape[0] <= MAX_ROWS:
-        ids_TK = expert_ids_TK if dropped_TK is None else expert_ids_TK.masked_fill(dropped_TK, -1)
-        gate_EFD, up_EFD, down_EDF = (weight.contiguous() for weight in experts)
-        choices = Choices(ids_TK.int().contiguous(), expert_weights_TK.contiguous())
-        return gated_ffn(hidden_TD.contiguous(), gate_EFD, up_EFD, down_EDF, choices)
+        return _few_tokens(hidden_TD, expert_ids_TK, expert_weights_TK, experts, dropped_TK)
     steps = steps or steps_for(hidden_TD)
     row_of_choice_TK, choice_of_row_C, counts_E = steps.sort_choices(
         expert_ids_TK, dropped_TK, num_experts=experts.gate.shape[0]
@@ -78,6 +75,15 @@ def routed_swiglu(
     return _RoutedSwiGLU.apply(  # type: ignore[no-any-return, no-untyped-call]
         hidden_TD.contiguous(), expert_weights_TK.contiguous(), *experts, order, steps, keeps
     )
+
+
+def _few_tokens(
+    hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: SwiGLUExperts, dropped_TK: Tensor | None
+) -> Tensor:
+    ids_TK = ids_TK if dropped_TK is None else ids_TK.masked_fill(dropped_TK, -1)
+    gate_EFD, up_EFD, down_EDF = (weight.contiguous() for weight in experts)
+    choices = Choices(ids_TK.int().contiguous(), weights_TK.contiguous())
+    return gated_ffn(hidden_TD.contiguous(), gate_EFD, up_EFD, down_EDF, choices)
 
 
 class _Order(NamedTuple):
