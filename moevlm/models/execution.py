@@ -72,5 +72,7 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
 
 
 def _keep_the_dear(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = operation.name().split(".")[0]  # without the overload
-    return CheckpointPolicy.MUST_SAVE if name in KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+    name, _, overload = operation.name().partition(".")
+    # what is written into a given tensor (the fused sparse layer's products) may be overwritten: it is run again
+    is_kept = name in KEPT_OPERATIONS and overload != "out"
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -16,7 +16,7 @@ from moevlm.models.moe.router import Router, random_routing
 from moevlm.models.moe.settings import MoESettings
 from moevlm.models.upcycling import upcycle
 from tests.models.ffns import WIDTH, different_experts
-from tests.tiny import tiny_vlm
+from tests.tiny import tiny_batch, tiny_vlm
 
 OPTIONS = {
     "top-1": {"top_k": 1},
@@ -166,3 +166,21 @@ def test_on_a_gpu_auto_is_fused_and_equals_plain(num_experts: int) -> None:
         results.append((output, own.grad, few, *(parameter.grad for parameter in layer.parameters())))
     for found, expected in zip(*results):
         assert (found.float() - expected.float()).norm() < 2e-2 * expected.float().norm()
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": "selective"}, {"gradient_checkpointing": "full"}])
+def test_a_model_of_fused_layers_is_the_plain_one_under_any_checkpointing(options: dict) -> None:
+    batch, results = tiny_batch(("siqqaa", "sqqaaa", "iqaqa")), []
+    for kernel in ("fused", "plain"):
+        vlm = tiny_vlm(
+            {"num_experts": 4, "top_k": 2, "kernel": kernel}, **(options if kernel == "fused" else {})
+        ).train()
+        output = vlm(batch)
+        total = output.hidden_states.square().mean()
+        total = total + sum(routing.router_probs.pow(2).mean() for routing in output.routings.values())
+        total.backward()
+        gradients = {name: parameter.grad for name, parameter in vlm.named_parameters() if parameter.grad is not None}
+        results.append({"hidden": output.hidden_states.detach(), **gradients})
+    assert results[0].keys() == results[1].keys()
+    for name, expected in results[1].items():
+        torch.testing.assert_close(results[0][name], expected, rtol=1e-3, atol=1e-6, msg=name)
