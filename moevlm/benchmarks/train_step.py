@@ -133,14 +133,17 @@ def contenders(problem: Problem) -> dict[str, Callable[..., Work]]:
     found: dict[str, Callable[..., Work]] = {"ours": partial(_ours, compile=True)}
     if problem.name.endswith("alone"):
         return found
-    found["ours, selective checkpointing"] = partial(_ours, compile=True, gradient_checkpointing="selective")
-    found["ours, full checkpointing"] = partial(_ours, compile=True, gradient_checkpointing=True)
-    found["ours, not compiled"] = partial(_ours)
-    found["ours, padded, plain loss, not compiled"] = partial(
-        _ours, attention="padded", loss_kernel="plain", gradient_checkpointing=True
-    )
-    if not problem.is_sparse:
+    found["not compiled"] = partial(_ours)
+    if problem.is_sparse:
+        found["plain experts"] = partial(_ours, compile=True, moe_kernel="plain")
+    else:
+        found["selective checkpointing"] = partial(_ours, compile=True, gradient_checkpointing="selective")
+        found["full checkpointing"] = partial(_ours, compile=True, gradient_checkpointing=True)
         found["transformers, padded sdpa"] = _transformers
+    slow: dict[str, Any] = {"attention": "padded", "loss_kernel": "plain", "gradient_checkpointing": True}
+    if problem.is_sparse:
+        slow["moe_kernel"] = "plain"
+    found["everything off"] = partial(_ours, **slow)
     return found
 
 
@@ -257,8 +260,8 @@ def _reference(build: Callable[..., VLM], batches: list[VLMBatch]) -> dict[str, 
     return _checked(model, total)
 
 
-def _build(problem: Problem, sizes: Sizes, **options: Any) -> VLM:
-    moe = MOE if problem.is_sparse else None
+def _build(problem: Problem, sizes: Sizes, *, moe_kernel: str = "auto", **options: Any) -> VLM:
+    moe = {**MOE, "kernel": moe_kernel} if problem.is_sparse else None
     return build_vlm(sizes.vision_encoder, "mlp2x_gelu", sizes.language_model, moe=moe, **options)
 
 

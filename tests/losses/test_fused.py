@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -202,6 +205,32 @@ def test_chunks_stay_within_the_memory_given_to_logits(monkeypatch) -> None:
     assert 0.8 * fused.LOGITS_BYTES < size * 2 * 2 * 151_936 <= fused.LOGITS_BYTES
     monkeypatch.setattr(fused, "LOGITS_BYTES", 0)
     assert fused._chunk_rows(sides) == 128
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from moevlm.ops.kernels import vocabulary
+
+FIXED = {"KIND": 2, "HAS_TEACHER": True, "HAS_TARGETS": True, "SHORTER": True, "BLOCK": 1024}
+for kernel in (vocabulary.statistics_kernel, vocabulary.gradient_kernel, vocabulary.divergence_kernel):
+    signature = {}
+    for name in kernel.arg_names:
+        is_size = name.startswith("num_") or name.endswith("stride")
+        signature[name] = "constexpr" if name.isupper() else "i32" if is_size else "fp32"
+        if name.endswith("_pointer"):
+            signature[name] = {"targets_pointer": "*i64", "student_pointer": "*bf16"}.get(name, "*fp32")
+    fixed = {(place,): FIXED.get(name, True) for place, name in enumerate(kernel.arg_names) if name.isupper()}
+    assert "ptx" in compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32)).asm
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    """The interpreter forgives what the compiler does not, such as an annotation of an argument."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_kernels_are_chosen_by_name_and_device() -> None:

@@ -90,6 +90,21 @@ def test_torchs_kernel_equals_the_padded_path(options, key_heads) -> None:
         torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": "selective"}, {"gradient_checkpointing": "full"}])
+@pytest.mark.parametrize("moe", [None, {"num_experts": 4, "top_k": 2, "placement": "second_half"}])
+def test_a_compiled_model_on_a_gpu_computes_what_the_padded_one_does(moe, options) -> None:
+    plain, changed = tiny_vlm(moe, attention="padded"), tiny_vlm(moe, attention="varlen", compile=True, **options)
+    plain, changed = plain.cuda(), changed.cuda()
+    for letters in (("siqqaa", "sqqaaa", "iqaqa"), ("sqa", "siqqqqaaa")):
+        batch = tiny_batch(letters).to("cuda")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            results = [run(model, batch) for model in (changed, plain)]
+        for found, expected in zip(*results):
+            error = (found - expected).float().norm() / expected.float().norm()
+            assert error < 5e-2
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"softcap": 5.0}, {"dropout": 0.1}, {"dtype": torch.float32}, {"width": 12}, {"value_width": 8}],
@@ -112,11 +127,12 @@ def test_kernels_are_chosen_by_name_and_device(on_cpu, monkeypatch) -> None:
         check_kernel("varlen", device)
 
 
-def run(vlm, batch) -> list[torch.Tensor]:
+def run(vlm, batch, keep=()) -> list[torch.Tensor]:
     vlm.zero_grad()
-    output = vlm(batch, keep_attentions=[1])
+    output = vlm(batch, keep_attentions=keep)
     output.hidden_states.float().square().mean().backward()
-    return [output.hidden_states, output.attentions[1].key, vlm.connector.layers[0].weight.grad]
+    kept = [output.attentions[index].key for index in keep]
+    return [output.hidden_states, vlm.connector.layers[0].weight.grad, *kept]
 
 
 @pytest.mark.parametrize("options", [{}, {"compile": True}, {"compile": True, "gradient_checkpointing": "selective"}])
@@ -128,5 +144,5 @@ def test_a_model_computes_the_same_by_either_kernel(on_cpu, monkeypatch, options
     plain = tiny_vlm(dtype="bfloat16", attention="padded")
     changed = tiny_vlm(dtype="bfloat16", attention="varlen", **options)
     for letters in (("siqqaa", "sqqaaa", "iqaqa"), ("sqa", "siqqqqaaa")):
-        for found, expected in zip(run(changed, tiny_batch(letters)), run(plain, tiny_batch(letters))):
+        for found, expected in zip(run(changed, tiny_batch(letters), [1]), run(plain, tiny_batch(letters), [1])):
             torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
