@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 KERNELS = ("auto", "fused", "plain")
 """auto is fused on a GPU with Triton, otherwise plain."""
 
-LOGITS_BYTES = 640 * 2**20
-"""Of the logits that exist at the same time, both models together, with the copies of heads that autocast makes."""
+LOGITS_BYTES = 896 * 2**20
+"""Of the logits that exist at the same time, both models together, with the copies of heads that autocast makes: with
+the gathered rows and their gradient within 1 GiB at 4,096 rows of 152k tokens."""
 
 Weigh = Callable[["RowStatistics"], Tensor]
 """Statistics of a chunk -> [C] float32 weights of its rows' divergence."""
@@ -210,20 +211,29 @@ def add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: 
 
     A float32 sum of bfloat16 factors is one cuBLAS call on a GPU; elsewhere the product exists for a moment.
     """
-    if sum_VD.dtype == left_VC.dtype:
+    is_wider = sum_VD.dtype == torch.float32 != left_VC.dtype
+    if sum_VD.dtype == left_VC.dtype or (is_wider and _multiplies_wider(left_VC.device, left_VC.dtype)):
+        options: dict[str, Any] = {"out_dtype": torch.float32} if is_wider else {}
         if is_first:
-            torch.mm(left_VC, right_CD, out=sum_VD)
+            torch.mm(left_VC, right_CD, **options, out=sum_VD)
         else:
-            torch.addmm(sum_VD, left_VC, right_CD, out=sum_VD)
-    elif sum_VD.is_cuda and sum_VD.dtype == torch.float32:
-        if is_first:
-            torch.mm(left_VC, right_CD, out_dtype=torch.float32, out=sum_VD)
-        else:
-            torch.addmm(sum_VD, left_VC, right_CD, out_dtype=torch.float32, out=sum_VD)
+            torch.addmm(sum_VD, left_VC, right_CD, **options, out=sum_VD)
     elif is_first:
         sum_VD.copy_(torch.mm(left_VC, right_CD))
     else:
         sum_VD.add_(torch.mm(left_VC, right_CD))
+
+
+@functools.cache
+def _multiplies_wider(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch multiplies into a float32 tensor of our own here; tried, as versions and devices differ."""
+    factor, out = torch.ones(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
+    try:
+        torch.mm(factor, factor, out_dtype=torch.float32, out=out)
+        torch.addmm(out, factor, factor, out_dtype=torch.float32, out=out)
+    except (TypeError, RuntimeError):
+        return False
+    return bool((out == 32).all())
 
 
 def _run(sides: list[_Side], grads: _Gradients, settings: _Settings) -> tuple[Tensor, list[Tensor]]:
@@ -262,7 +272,7 @@ def _options(divergence: Divergence) -> dict[str, Any]:
 
 
 def _chunk_rows(sides: list[tuple[Tensor, Head]]) -> int:
-    """As many rows as `LOGITS_BYTES` allows, a multiple of 128, at least 128."""
+    """As many rows as `LOGITS_BYTES` allows, or fewer for chunks of one size; a multiple of 128."""
     device_type = sides[0][0].device.type
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     left, row_bytes = LOGITS_BYTES, 0
@@ -271,7 +281,10 @@ def _chunk_rows(sides: list[tuple[Tensor, Head]]) -> int:
         row_bytes += size * len(head.weight)
         if autocast not in (None, head.weight.dtype):
             left -= size * head.weight.numel()
-    return max(128, left // row_bytes // 128 * 128)
+    most = max(128, left // row_bytes // 128 * 128)
+    num_rows = len(sides[0][0])
+    num_chunks = max(1, -(-num_rows // most))
+    return max(128, -(-num_rows // num_chunks // 128) * 128)
 
 
 @contextlib.contextmanager

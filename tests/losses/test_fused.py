@@ -199,12 +199,22 @@ def test_a_product_is_added_in_the_sums_own_dtype() -> None:
 
 def test_chunks_stay_within_the_memory_given_to_logits(monkeypatch) -> None:
     """The published shape: 152k tokens, bfloat16, two models."""
-    sides = [(torch.empty(0), Head(torch.empty(151_936, 1, dtype=torch.bfloat16)))] * 2
-    size = fused._chunk_rows(sides)
-    assert size % 128 == 0
-    assert 0.8 * fused.LOGITS_BYTES < size * 2 * 2 * 151_936 <= fused.LOGITS_BYTES
+    for num_rows in (2048, 4096, 100_000):
+        sides = [(torch.empty(num_rows, 1), Head(torch.empty(151_936, 1, dtype=torch.bfloat16)))] * 2
+        size = fused._chunk_rows(sides)
+        assert size % 128 == 0
+        assert 0.6 * fused.LOGITS_BYTES < size * 2 * 2 * 151_936 <= fused.LOGITS_BYTES
+        assert size * -(-num_rows // size) < num_rows + 128 * -(-num_rows // size)  # chunks of one size
     monkeypatch.setattr(fused, "LOGITS_BYTES", 0)
     assert fused._chunk_rows(sides) == 128
+
+
+def test_a_head_that_autocast_copies_leaves_less_to_the_logits() -> None:
+    sides = [(torch.empty(4096, 2048), Head(torch.empty(151_936, 2048, device="meta")))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        size = fused._chunk_rows(sides)
+    assert 512 <= size < 2048
+    assert size * 2 * 151_936 + 2 * 151_936 * 2048 <= fused.LOGITS_BYTES
 
 
 COMPILE = """
