@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 KERNELS = ("auto", "fused", "plain")
 """auto is fused on a GPU with Triton, otherwise plain."""
 
-MEASURED = False
-"""Whether the kernels were seen to be right and faster on a GPU; until then "auto" is plain."""
-
 LOGITS_BYTES = 896 * 2**20
 """Of the logits that exist at the same time, both models together, with the copies of heads that autocast makes: with
 the gathered rows and their gradient within 1 GiB at 4,096 rows of 152k tokens."""
@@ -53,8 +50,7 @@ def is_fused(kernel: str, rows_RD: Tensor) -> bool:
             f"loss_kernel=fused needs a GPU and Triton, the hidden states are on {rows_RD.device}; "
             "set stage.loss_kernel=auto"
         )
-    wanted = kernel == "fused" or (kernel == "auto" and MEASURED)
-    return wanted and possible and rows_RD.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return kernel != "plain" and possible and rows_RD.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_kernel(kernel: str) -> None:

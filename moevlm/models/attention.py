@@ -183,30 +183,11 @@ def packed_attention(
     if packed_sequences is None:
         options["query_position"] = query_position
         return _attend(module, query, key, value, attention_mask, dropout=dropout, **options), None
-    if packed_sequences.keep:
-        _keep_states(module, query, key, packed_sequences, options)
-    ends, longest = packed_sequences.ends, packed_sequences.longest
-    if takes_varlen(ends, query, value, dropout=dropout, sliding_window=sliding_window, softcap=softcap):
-        if not torch.compiler.is_compiling():  # a compiled layer that is checkpointed may change nothing outside
-            packed_sequences.reached_attention = True
-        return varlen_attention(query, key, value, ends, longest, scaling=scaling, sliding_window=sliding_window), None
-    return _attend_cut(module, query, key, value, packed_sequences, {"dropout": dropout, **options}), None
+    return _attend_packed(module, query, key, value, packed_sequences, {"dropout": dropout, **options}), None
 
 
-@torch.compiler.disable
-def _keep_states(
-    module: nn.Module, query: Tensor, key: Tensor, packed_sequences: PackedSequences, options: dict[str, Any]
-) -> None:
-    """Note the queries and keys of a layer that was asked for."""
-    index = getattr(module, "layer_idx", None)
-    if index in packed_sequences.keep and index not in packed_sequences.kept:
-        scale = query.shape[-1] ** -0.5 if options["scaling"] is None else options["scaling"]
-        states = AttentionStates(query[0], key[0], scale, options["softcap"], options["sliding_window"])
-        packed_sequences.kept[index] = states
-
-
-@torch.compiler.disable
-def _attend_cut(
+@torch.compiler.disable  # a compiled layer is cut here: what follows looks at every length
+def _attend_packed(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -214,8 +195,16 @@ def _attend_cut(
     packed_sequences: PackedSequences,
     options: dict[str, Any],
 ) -> Tensor:
-    """[1, H, U, d] three times -> [1, U, H, d]; not compiled, as it looks at every length."""
+    """[1, H, U, d] three times -> [1, U, H, d], every sequence by itself."""
     packed_sequences.reached_attention = True
+    scaling, window, softcap = options["scaling"], options["sliding_window"], options["softcap"]
+    index = getattr(module, "layer_idx", None)
+    if index in packed_sequences.keep and index not in packed_sequences.kept:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        packed_sequences.kept[index] = AttentionStates(query[0], key[0], scale, softcap, window)
+    ends, longest = packed_sequences.ends, packed_sequences.longest
+    if takes_varlen(ends, query, value, dropout=options["dropout"], sliding_window=window, softcap=softcap):
+        return varlen_attention(query, key, value, ends, longest, scaling=scaling, sliding_window=window)
     queries, keys, values = (packed_sequences.cut(states) for states in (query, key, value))
     outputs = [_attend(module, *qkv, mask=None, **options) for qkv in zip(queries, keys, values)]
     return packed_sequences.join(outputs)

@@ -64,7 +64,7 @@ def takes_varlen(
     if sliding_window is not None and "window_size" not in ARGUMENTS:
         return False
     width = query.shape[-1]
-    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    is_half = _dtype(query) in (torch.bfloat16, torch.float16)
     return is_half and width == value.shape[-1] and width % 8 == 0 and width <= WIDEST_HEAD
 
 
@@ -81,7 +81,7 @@ def varlen_attention(
     """Causal softmax attention inside each sequence.
 
     Args:
-        query: [1, H, U, d]; key and value [1, Hk, U, d], Hk divides H.
+        query: [1, H, U, d]; key and value [1, Hk, U, d], Hk divides H; cast where autocast would cast them.
         ends: [B + 1] int32, 0 and the end of each sequence.
         longest: of the sequences.
         sliding_window: tokens that a token sees, itself included.
@@ -90,6 +90,7 @@ def varlen_attention(
         [1, U, H, d]
     """
     options: dict[str, Any] = {}
+    query, key, value = (states.to(_dtype(states)) for states in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and "enable_gqa" in ARGUMENTS:
         options["enable_gqa"] = True
@@ -106,3 +107,9 @@ def varlen_attention(
         options["is_causal"] = True
     output_UHD: Tensor = varlen_attn(query_UHD, key_UHD, value_UHD, ends, ends, longest, longest, **options)
     return output_UHD.unsqueeze(0)
+
+
+def _dtype(states: Tensor) -> torch.dtype:
+    """Attention runs in autocast's dtype; torch's function for any length does not know of that by itself."""
+    device_type = states.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else states.dtype

@@ -49,7 +49,6 @@ class VLM(nn.Module):
         self.recorder = RoutingRecorder()
         self.lora: LoRASettings | None = None  # set by `add_lora`, unset by `merge_lora`
         self.attention = "auto"  # one of `moevlm.models.varlen.KERNELS`
-        self.is_compiled = False
         self._checkpoint(gradient_checkpointing)
 
     def compile_layers(self) -> None:
@@ -57,7 +56,6 @@ class VLM(nn.Module):
         compile_layers(self.decoder_blocks)
         if self.vision_encoder is not None:
             compile_layers(list(self.vision_encoder.vit.blocks))
-        self.is_compiled = True
 
     # what it is made of
 
@@ -156,9 +154,7 @@ class VLM(nn.Module):
                 use_cache=False,
                 packed_sequences=packed,
             ).last_hidden_state
-        assert packed.reached_attention or self.is_compiled, (
-            "sequences were mixed: attention was not told where they end"
-        )
+        assert packed.reached_attention, "sequences were mixed: attention was not told where they end"
         # a copy, as FSDP2 hangs its backward hook on the output and warns about views
         output = VLMOutput(
             hidden_states.squeeze(0).clone(),

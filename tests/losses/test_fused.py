@@ -166,9 +166,10 @@ def test_cross_entropy_over_masked_labels_equals_the_plain_one(options) -> None:
     _, head, _, _ = draw(1, 11, 11, **options)
     labels = make_labels(lengths, 11).to(DEVICE)
     assert (labels == IGNORE_INDEX).any()
-    hidden = torch.randn(16, 16, device=DEVICE).requires_grad_()
+    hidden, output = torch.randn(16, 16, device=DEVICE).requires_grad_(), make_output(torch.empty(16, 16), lengths)
+    output = dataclasses.replace(output, text_positions=output.text_positions.to(DEVICE), hidden_states=hidden)
     for kernel in ("plain", "fused"):
-        loss = cross_entropy(make_output(hidden, lengths), head, labels, kernel=kernel)
+        loss = cross_entropy(output, head, labels, kernel=kernel)
         results.append([loss.sum, *torch.autograd.grad(0.7 * loss.sum, [hidden, head.weight])])
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 

@@ -81,6 +81,23 @@ def test_arguments_that_a_torch_lacks_are_made_up_for(on_cpu, monkeypatch, argum
         torch.testing.assert_close(found, other, rtol=3e-2, atol=3e-2)
 
 
+def test_under_autocast_the_kernel_takes_float32_states_as_autocasts_own(on_cpu, monkeypatch) -> None:
+    """A decoder's rotary embedding gives float32: these were padded, silently."""
+    seen = []
+
+    def watched(query, *args, **options):
+        seen.append(query.dtype)
+        return stand_in(query, *args, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", watched)
+    states = [state.detach().float().requires_grad_() for state in draw()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = [attend(kernel, states) for kernel in ("varlen", "padded")]
+    assert seen == [torch.bfloat16]
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
