@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from moevlm.benchmarks.memory import predicted_bytes
 from moevlm.benchmarks.suites import run_suite
 from moevlm.benchmarks.train_step import PROBLEMS, SIZES, build_model, draw_step
 
@@ -31,6 +32,20 @@ def test_a_step_is_drawn_as_described() -> None:
     assert all(600 <= length <= 2600 for length in lengths)
     assert 10_000 < sum(lengths) / sizes.micro_batches < 14_000
     assert 0.15 < sum(batch.num_targets for batch in batches) / sum(lengths) < 0.25
+
+
+def test_the_prediction_holds_what_a_step_holds() -> None:
+    lengths = (40, 30)
+    dense, sparse = (build_model(problem, SIZES["tiny"], torch.device("cpu")) for problem in PROBLEMS[:2])
+    for model in (dense, sparse):
+        found = predicted_bytes(model, lengths, num_targets=10, num_images=2)
+        trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        assert found["parameters"] == sum(parameter.nbytes for parameter in model.parameters())
+        assert (found["gradients"], found["moments"]) == (trained, 2 * trained)
+    kept = [predicted_bytes(model, lengths, 10, 2)["activations"] for model in (dense, sparse)]
+    width, inner, layers = 32, 48, 4
+    assert kept[0] == 2 * layers * (8 * width + 3 * inner) * sum(lengths)
+    assert kept[1] - kept[0] == 2 * (layers // 2) * (3 * inner + 4 * width) * sum(lengths)
 
 
 def test_the_sparse_problem_trains_what_moe_tuning_trains() -> None:

@@ -308,6 +308,7 @@ def test_settings_without_effect_or_meaning_are_refused() -> None:
     cases = [
         (partial(make_stage, "instruction_tuning", loss_weights={"kd": 1.0}), "unknown loss 'kd'; this stage has lm"),
         (partial(make_stage, "instruction_tuning", gradient_clip_norm=0), "gradient_clip_norm must be positive"),
+        (partial(make_stage, "instruction_tuning", loss_kernel="triton"), "loss_kernel must be one of"),
         (partial(make_stage, "mimic_distillation", temperature=0.0), "temperature must be positive"),
         (partial(make_stage, "preference_distillation", loss="orpo"), "loss must be one of"),
         (partial(make_stage, "preference_distillation", aggregation="max"), "aggregation must be one of"),

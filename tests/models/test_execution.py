@@ -99,7 +99,14 @@ def counter(monkeypatch) -> CompileCounter:
     return counter
 
 
-@pytest.mark.parametrize(("moe", "policy"), [(MOE, "off"), (None, "selective"), (MOE, "full")])
+@pytest.mark.parametrize(
+    ("moe", "policy"),
+    [
+        (MOE, "off"),
+        pytest.param(None, "selective", marks=pytest.mark.slow),
+        pytest.param(MOE, "full", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_layers_give_the_same_gradients(counter, moe, policy) -> None:
     plain = tiny_vlm(moe)
     changed = tiny_vlm(moe, compile=True, gradient_checkpointing=policy)
@@ -108,7 +115,7 @@ def test_compiled_layers_give_the_same_gradients(counter, moe, policy) -> None:
     assert counter.frame_count > 0
 
 
-@pytest.mark.parametrize("moe", [None, MOE])
+@pytest.mark.parametrize("moe", [pytest.param(None, marks=pytest.mark.slow), MOE])
 def test_another_batch_compiles_nothing(counter, moe) -> None:
     vlm = tiny_vlm(moe, compile=True)
     gradients(vlm, tiny_batch(("siqqaa", "sqqaaa", "iqa")))
