@@ -25,10 +25,15 @@ import yaml
 
 from lightning_modules.checkpoint_files import list_checkpoints, newest_sound, tidy
 
-WATCHING = ("logger", "run_dir", "callbacks.progress", "callbacks.checkpoint")
+WATCHING = ("logger", "run_dir", "callbacks.progress", "callbacks.checkpoint", "callbacks.throughput")
 SPLITTING = ("trainer.devices", "trainer.num_nodes", "micro_batch_size", "data.micro_batch_size")
 LOADING = ("data.num_workers", "data.pin_memory")
-COMPUTING = ("model.moe.kernel",)
+COMPUTING = (
+    "model.moe.kernel",
+    *(f"{model}.{key}" for model in ("model", "teacher") for key in ("attention", "compile", "gradient_checkpointing")),
+    "stage.loss_kernel",
+    "optimizer.fused",
+)
 NOT_COMPARED = (*WATCHING, *SPLITTING, *LOADING, *COMPUTING)
 """Keys that change how a run is watched, split, fed or computed: every step takes the same samples all the same."""
 
