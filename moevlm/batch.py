@@ -10,6 +10,7 @@ Batches live in text coordinates, because a teacher and its student may see anot
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,30 @@ class Tiling:
     def num_tiles(self) -> int:
         """The overview counted."""
         return 1 + self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class PixelScale:
+    """What an image transform makes of 8-bit levels: ``(level / 255 - mean) / std``, by channel.
+
+    Batches carry levels, a quarter of the bytes; the model's device makes numbers of them.
+    """
+
+    mean: tuple[float, ...]  # [3]
+    std: tuple[float, ...]  # [3]
+
+    def normalise(self, levels_N3HW: Tensor) -> Tensor:
+        """[..., 3, H, W] uint8 -> float32 of the same shape; the same bits on every device."""
+        pixels_N3HW = levels_N3HW.to(torch.float32, memory_format=torch.contiguous_format)
+        full, mean_311, std_311 = _constants(self, levels_N3HW.device)
+        return pixels_N3HW.div_(full).sub_(mean_311).div_(std_311)
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(scale: PixelScale, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """255 as a tensor, too: a GPU would multiply by the rounded inverse of a number."""
+    mean_311, std_311 = (torch.tensor(values, device=device).view(3, 1, 1) for values in (scale.mean, scale.std))
+    return torch.tensor(255.0, device=device), mean_311, std_311
 
 
 @dataclass
@@ -127,7 +152,7 @@ class VLMBatch:
     lengths: tuple[int, ...]  # [B] text tokens of each sequence, in order
     num_targets: int  # supervised tokens: (labels != IGNORE_INDEX).sum()
     image_sequences: tuple[int, ...]  # [N] the sequence of each image, in the order of the placeholders
-    images: dict[str, Tensor]  # view -> [N, 3, H, W] float, normalised by its transform; [M, ...] of a tiled view
+    images: dict[str, Tensor]  # view -> [N, 3, H, W] uint8 levels, or float without `scales`; tiled: [M, ...]
     sources: Tensor  # [B] int64, index of the data source
     pair_ids: Tensor  # [B] int64; chosen and rejected of a pair share one id, NO_PAIR elsewhere
     is_chosen: Tensor  # [B] bool
@@ -139,6 +164,7 @@ class VLMBatch:
     reference_log_probs: dict[str, Tensor] = field(default_factory=dict)  # reference -> [B] float32, from a cache
     teacher_batch: VLMBatch | None = None  # the same conversations in a teacher's own tokenizer
     spans: AlignedSpans | None = None  # where the two say the same; with `teacher_batch` only
+    scales: dict[str, PixelScale] = field(default_factory=dict)  # of the views whose images are levels
 
     @property
     def num_sequences(self) -> int:
@@ -164,8 +190,10 @@ class VLMBatch:
         return torch.bincount(self.sequence_ids()[self.labels != IGNORE_INDEX], minlength=self.num_sequences)
 
     def view(self, name: str) -> Tensor:
-        """The images as the named transform made them; a model without a view of its own sees the default one."""
-        return self.images.get(name, self.images[DEFAULT_VIEW])
+        """[N, 3, H, W] float, normalised by the named transform; a model without a view of its own sees the default."""
+        view = name if name in self.images else DEFAULT_VIEW
+        pixels, scale = self.images[view], self.scales.get(view)
+        return pixels if scale is None else scale.normalise(pixels)
 
     def view_tilings(self, name: str) -> tuple[Tiling, ...] | None:
         """[N] how that view's images are tiled; None for a view of one picture an image."""
@@ -214,6 +242,7 @@ class VLMBatch:
             tilings={view: tuple(tilings[n] for n in images) for view, tilings in self.tilings.items()},
             cached_rows=None if self.cached_rows is None else self.cached_rows.map(lambda value: value[targets_R]),
             reference_log_probs={name: value[rows_B] for name, value in self.reference_log_probs.items()},
+            scales=self.scales,
         )
 
     def _pictures(self, view: str, images: Sequence[int]) -> list[int]:
@@ -348,7 +377,7 @@ class EncodedSample:
     input_ids: Tensor  # [S] int64; one IMAGE_TOKEN_ID per image
     labels: Tensor  # [S] int64
     segments: Tensor  # [S] int64
-    images: Mapping[str, Tensor] = field(default_factory=dict)  # view -> [n, 3, H, W]; of a tiled view: [m, 3, H, W]
+    images: Mapping[str, Tensor] = field(default_factory=dict)  # view -> [n, 3, H, W] as in VLMBatch; tiled: [m, ...]
     source: int = 0
     pair_id: int = NO_PAIR
     is_chosen: bool = False
@@ -357,6 +386,7 @@ class EncodedSample:
     teacher: EncodedSample | None = None  # the same conversation in a teacher's own tokenizer
     spans: Tensor | None = None  # [K, 4] int64, as in AlignedSpans, within the sample
     tilings: Mapping[str, Sequence[Tiling]] = field(default_factory=dict)  # tiled views only: [n], m tiles in all
+    scales: Mapping[str, PixelScale] = field(default_factory=dict)  # of the views whose images are levels
 
 
 def tilings_of(item: VLMBatch | EncodedSample, view: str) -> tuple[Tiling, ...] | None:

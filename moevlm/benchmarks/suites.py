@@ -14,7 +14,7 @@ from moevlm.benchmarks.harness import Case, Result, run_cases
 from moevlm.benchmarks.machine import choose_device, describe, measure_ceilings
 from moevlm.benchmarks.report import show_table, write_results
 
-SUITES = ("moe_layer", "losses", "train_step", "generation")
+SUITES = ("moe_layer", "losses", "train_step", "generation", "loader")
 """Each a module of this folder with ``cases(size=, device=)``, which yields the cases of that size."""
 
 SIZES = ("full", "tiny")

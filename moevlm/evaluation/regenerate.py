@@ -20,7 +20,7 @@ def sequences_of(batch: VLMBatch) -> list[EncodedSample]:
         one = batch.select([row])
         key, source = (batch.keys[row] if batch.keys else str(row)), int(one.sources[0])
         fields = (one.input_ids, one.labels, one.segments, one.images)
-        samples.append(EncodedSample(key, *fields, source=source, tilings=one.tilings))
+        samples.append(EncodedSample(key, *fields, source=source, tilings=one.tilings, scales=one.scales))
     return samples
 
 

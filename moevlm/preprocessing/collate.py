@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from moevlm.batch import (
     AlignedSpans,
     CachedRows,
     EncodedSample,
+    PixelScale,
     Tiling,
     VLMBatch,
 )
@@ -34,13 +36,15 @@ def pack(samples: Sequence[EncodedSample], position: int = -1) -> VLMBatch:
     """
     if not samples:
         raise ValueError("a micro-batch needs at least one sample; set micro_batch_size to 1 or more")
-    counts = [_check(sample) for sample in samples]
+    input_ids_T = torch.cat([sample.input_ids for sample in samples])
     labels_T = torch.cat([sample.labels for sample in samples])
+    segments_T = torch.cat([sample.segments for sample in samples])
+    counts = _check(samples, input_ids_T, labels_T)
     image_sequences = tuple(row for row, count in enumerate(counts) for _ in range(count))
     return VLMBatch(
-        input_ids=torch.cat([sample.input_ids for sample in samples]),
+        input_ids=input_ids_T,
         labels=labels_T,
-        segments=torch.cat([sample.segments for sample in samples]),
+        segments=segments_T,
         lengths=tuple(len(sample.input_ids) for sample in samples),
         num_targets=int((labels_T != IGNORE_INDEX).sum()),
         image_sequences=image_sequences,
@@ -52,6 +56,7 @@ def pack(samples: Sequence[EncodedSample], position: int = -1) -> VLMBatch:
         position=position,
         num_pairs=_count_pairs(samples),
         tilings=_merge_tilings(samples),
+        scales=_merge_scales(samples),
         cached_rows=_merge_cached_rows(samples),
         reference_log_probs={
             name: torch.tensor([sample.reference_log_probs[name] for sample in samples])
@@ -61,17 +66,29 @@ def pack(samples: Sequence[EncodedSample], position: int = -1) -> VLMBatch:
     )
 
 
-def _check(sample: EncodedSample) -> int:
-    length = len(sample.input_ids)
-    if length == 0:
-        raise ValueError(f"sample {sample.key} is empty")
-    if len(sample.labels) != length or len(sample.segments) != length:
-        raise ValueError(
-            f"sample {sample.key}: {length} tokens, {len(sample.labels)} labels, {len(sample.segments)} segments"
-        )
-    if sample.labels[0] != IGNORE_INDEX:
-        raise ValueError(f"sample {sample.key}: its first token is a label, and no row predicts a first token")
-    num_images = int((sample.input_ids == IMAGE_TOKEN_ID).sum())
+def _check(samples: Sequence[EncodedSample], input_ids_T: Tensor, labels_T: Tensor) -> list[int]:
+    """Images of each sample. The tokens are looked at in one go: a tensor operation takes longer than its work here."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    for sample, length in zip(samples, lengths):
+        if length == 0:
+            raise ValueError(f"sample {sample.key} is empty")
+        if len(sample.labels) != length or len(sample.segments) != length:
+            raise ValueError(
+                f"sample {sample.key}: {length} tokens, {len(sample.labels)} labels, {len(sample.segments)} segments"
+            )
+    ends_B = torch.tensor(lengths).cumsum(0)
+    images_T = (input_ids_T == IMAGE_TOKEN_ID).cumsum(0)
+    before = [0, *images_T[ends_B - 1].tolist()]
+    counts = [after - earlier for earlier, after in itertools.pairwise(before)]
+    firsts_B = labels_T[torch.cat([ends_B.new_zeros(1), ends_B[:-1]])]
+    for sample, first, count in zip(samples, firsts_B.tolist(), counts):
+        if first != IGNORE_INDEX:
+            raise ValueError(f"sample {sample.key}: its first token is a label, and no row predicts a first token")
+        _check_images(sample, count)
+    return counts
+
+
+def _check_images(sample: EncodedSample, num_images: int) -> None:
     for view, images_N3HW in sample.images.items():
         tilings = sample.tilings.get(view)
         found = len(images_N3HW) if tilings is None else len(tilings)
@@ -81,7 +98,6 @@ def _check(sample: EncodedSample) -> int:
             raise ValueError(f"sample {sample.key}: {len(images_N3HW)} tiles in view {view!r}, not those of {tilings}")
     if num_images and DEFAULT_VIEW not in sample.images:
         raise ValueError(f"sample {sample.key}: {num_images} image placeholders but no images")
-    return num_images
 
 
 def _merge_views(samples: Sequence[EncodedSample], num_images: int) -> dict[str, Tensor]:
@@ -89,7 +105,7 @@ def _merge_views(samples: Sequence[EncodedSample], num_images: int) -> dict[str,
     for view in dict.fromkeys([DEFAULT_VIEW, *(view for sample in samples for view in sample.images)]):
         seen = [sample for sample in samples if view in sample.images]
         parts = [sample.images[view] for sample in seen]
-        merged[view] = torch.cat(parts) if parts else torch.empty(0, 3, 1, 1)
+        merged[view] = torch.cat(parts) if parts else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
         found = sum(len(sample.tilings.get(view, sample.images[view])) for sample in seen)
         if found != num_images:
             raise ValueError(f"view {view!r} has {found} images, the micro-batch {num_images}")
@@ -103,6 +119,19 @@ def _merge_tilings(samples: Sequence[EncodedSample]) -> dict[str, tuple[Tiling, 
         if untiled:
             raise ValueError(f"view {view!r} is tiled in some samples of a micro-batch, and not in {untiled[0]}")
         merged[view] = tuple(tiling for sample in samples for tiling in sample.tilings.get(view, ()))
+    return merged
+
+
+def _merge_scales(samples: Sequence[EncodedSample]) -> dict[str, PixelScale]:
+    merged: dict[str, PixelScale] = {}
+    for sample in samples:
+        for view, scale in sample.scales.items():
+            if merged.setdefault(view, scale) != scale:
+                raise ValueError(f"view {view!r} of sample {sample.key} has another mean or std than those before it")
+    for sample in samples:
+        strays = [view for view in merged if view not in sample.scales and len(sample.images.get(view, ()))]
+        if strays:
+            raise ValueError(f"view {strays[0]!r} holds levels, in sample {sample.key} normalised pixels")
     return merged
 
 

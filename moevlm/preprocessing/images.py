@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from moevlm.batch import Tiling
-from moevlm.preprocessing.fast_images import decode_jpeg, resize
+from moevlm.batch import PixelScale, Tiling
+from moevlm.preprocessing.fast_images import TORCH_MODES, decode_jpeg, plain_jpeg_size, resize_in_torch
 from moevlm.preprocessing.rejection import RejectedSample
 from moevlm.preprocessing.tiles import check_grids, cut, tiling_of
 
@@ -52,10 +52,22 @@ def decode_image(source: ImageSource, least_side: int | None = None) -> Image.Im
     Raises:
         RejectedSample: unreadable_image, animated_image, image_too_large, image_too_elongated, unsupported_image_mode.
     """
+    picture = _decode(source, least_side)
+    return Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+
+
+def _decode(source: ImageSource, least_side: int | None) -> Image.Image | np.ndarray:
+    """`decode_image`; an array [H, W, 3] where it came out as one."""
+    least = None if least_side is None else (least_side, least_side)
     with _named_faults():
+        size = plain_jpeg_size(source) if isinstance(source, bytes) else None
+        if isinstance(source, bytes) and size is not None:
+            _check_size(*size)
+            pixels = decode_jpeg(source, least)
+            if pixels is not None:
+                return pixels
         image = _open(source)
         if isinstance(source, bytes) and image.format == "JPEG" and image.mode == "RGB":
-            least = None if least_side is None else (least_side, least_side)
             pixels = decode_jpeg(source, least) if image.getexif().get(ORIENTATION_TAG, 1) == 1 else None
             if pixels is not None:
                 return pixels
@@ -99,15 +111,18 @@ def encoder_settings(name: str) -> dict[str, Any]:
     }
 
 
+def _check_size(height: int, width: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise RejectedSample("image_too_large", f"{width} x {height} pixels, at most {MAX_PIXELS}")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise RejectedSample("image_too_elongated", f"{width} x {height}, at most {MAX_ASPECT_RATIO} to 1")
+
+
 def _open(source: ImageSource) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of bombs and damaged metadata: the former are refused below
         image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
-    if image.width * image.height > MAX_PIXELS:
-        raise RejectedSample("image_too_large", f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}")
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        size = f"{image.width} x {image.height}"
-        raise RejectedSample("image_too_elongated", f"{size}, at most {MAX_ASPECT_RATIO} to 1")
+    _check_size(image.height, image.width)
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a photograph and its previews
         raise RejectedSample("animated_image", f"{getattr(image, 'n_frames', 0)} frames")
     return image
@@ -140,11 +155,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@functools.cache
-def _normalised_levels(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """[3, 256] float32: what each level of each channel becomes."""
-    levels_V1 = torch.arange(256, dtype=torch.float32).unsqueeze(1) / 255.0
-    return ((levels_V1 - torch.tensor(mean)) / torch.tensor(std)).T.contiguous().numpy()
+def _as_levels(picture: Image.Image | np.ndarray) -> Tensor:
+    """[H, W, 3] uint8; channels stay last in memory, so that pictures are joined by plain copies."""
+    if isinstance(picture, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(picture))
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
 
 
 @dataclass(frozen=True)
@@ -205,50 +220,79 @@ class ImageTransform:
 
     def __call__(self, source: ImageSource) -> Tensor:
         """[3, image_size, image_size] float32 from an encoded file or a PIL image; of a tiled one, the overview."""
-        return self._normalise(self._resize(decode_image(source, self.image_size if self.draft else None)))
+        return self.scale.normalise(self._levels(source).permute(2, 0, 1))
+
+    @functools.cached_property
+    def scale(self) -> PixelScale:
+        """How levels become what the encoder sees."""
+        return PixelScale(tuple(self.mean), tuple(self.std))
 
     def stack(self, sources: Sequence[ImageSource]) -> tuple[Tensor, tuple[Tiling, ...] | None]:
-        """All images of a sample.
+        """All images of a sample, as levels: `scale` normalises them.
 
         Returns:
-            [n, 3, image_size, image_size] and None; of a tiled transform [m, 3, image_size, image_size], overview and
-            tiles image by image, and how each of the n images is tiled. n may be 0.
+            [n, 3, image_size, image_size] uint8 and None; of a tiled transform [m, 3, image_size, image_size], overview
+            and tiles image by image, and how each of the n images is tiled. n may be 0.
         """
         pictures: list[Tensor] = []
         tilings: list[Tiling] = []
         for source in sources:
             if not self.is_tiled:
-                pictures.append(self(source))
+                pictures.append(self._levels(source))
                 continue
             image = decode_image(source)
             tilings.append(self.tiling((image.height, image.width)))
             resampling = INTERPOLATIONS[self.interpolation]
             tiles = cut(image, tilings[-1], tile_size=self.image_size, resampling=resampling)
-            pictures += [self._normalise(tile) for tile in tiles]
-        pixels = torch.stack(pictures) if pictures else torch.empty(0, 3, self.image_size, self.image_size)
-        return pixels, tuple(tilings) if self.is_tiled else None
+            pictures += [_as_levels(tile) for tile in tiles]
+        if len(pictures) == 1:
+            levels_MHW3 = pictures[0].unsqueeze(0)
+        elif pictures:
+            levels_MHW3 = torch.stack(pictures)
+        else:
+            levels_MHW3 = torch.empty(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
+        return levels_MHW3.permute(0, 3, 1, 2), tuple(tilings) if self.is_tiled else None
 
     def tiling(self, size: tuple[int, int]) -> Tiling:
         """How an image of this height and width is tiled; of a tiled transform only."""
         assert self.grids is not None
         return tiling_of(*size, self.grids, tile_size=self.image_size)
 
-    def _normalise(self, image: Image.Image) -> Tensor:
-        pixels_HW3 = np.asarray(image)
-        # looked up and not computed: several times the rate, and the same values to the bit
-        table_3V = _normalised_levels(tuple(self.mean), tuple(self.std))
-        normalised_3HW = np.empty((3, image.height, image.width), dtype=np.float32)
-        for channel in range(3):
-            np.take(table_3V[channel], pixels_HW3[..., channel], out=normalised_3HW[channel], mode="clip")
-        return torch.from_numpy(normalised_3HW)
+    def _levels(self, source: ImageSource) -> Tensor:
+        """[image_size, image_size, 3] uint8."""
+        picture = _decode(source, self.image_size if self.draft else None)
+        height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+        resampling, side = INTERPOLATIONS[self.interpolation], max(height, width)
+        is_bomb = self.mode == "pad" and side * side > MAX_PIXELS  # a long, thin image as a square
+        if self.resizer == "torch" and resampling in TORCH_MODES and not is_bomb:
+            return _as_levels(self._resize_array(np.array(picture) if isinstance(picture, Image.Image) else picture))
+        return _as_levels(self._resize(Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture))
+
+    def _resize_array(self, pixels_HW3: np.ndarray) -> np.ndarray:
+        """What `_resize` does, in torch."""
+        size, resampling, (height, width) = self.image_size, INTERPOLATIONS[self.interpolation], pixels_HW3.shape[:2]
+        if self.mode == "square":
+            tall, wide = (size * side // min(height, width) for side in (height, width))
+            top, left = (tall - size) // 2, (wide - size) // 2
+            resized = resize_in_torch(pixels_HW3, (tall, wide), resampling)
+            return resized[top : top + size, left : left + size]
+        if self.mode == "pad" and width != height:
+            side = max(width, height)
+            square = np.empty((side, side, 3), dtype=np.uint8)
+            square[:] = [int(255 * value) for value in self.mean]
+            top, left = (side - height) // 2, (side - width) // 2
+            square[top : top + height, left : left + width] = pixels_HW3
+            pixels_HW3 = square
+        is_done = pixels_HW3.shape[:2] == (size, size)
+        return pixels_HW3 if is_done else resize_in_torch(pixels_HW3, (size, size), resampling)
 
     def _resize(self, image: Image.Image) -> Image.Image:
-        size, resampling, in_torch = self.image_size, INTERPOLATIONS[self.interpolation], self.resizer == "torch"
+        size, resampling = self.image_size, INTERPOLATIONS[self.interpolation]
         if self.mode == "square":
             short = min(image.size)
             width, height = (size * side // short for side in image.size)  # rounded down, as CLIP's own processor does
             left, top = (width - size) // 2, (height - size) // 2
-            resized = resize(image, (width, height), resampling, in_torch=in_torch)
+            resized = image.resize((width, height), resampling)
             return resized.crop((left, top, left + size, top + size))
         if self.mode == "pad" and image.width != image.height:
             side = max(image.size)
@@ -259,7 +303,7 @@ class ImageTransform:
             square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in self.mean))
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             image = square
-        return image if image.size == (size, size) else resize(image, (size, size), resampling, in_torch=in_torch)
+        return image if image.size == (size, size) else image.resize((size, size), resampling)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `ImageTransform(**values)` takes them."""

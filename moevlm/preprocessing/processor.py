@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moevlm.batch import DEFAULT_VIEW, IGNORE_INDEX, IMAGE_TOKEN_ID, NO_PAIR, EncodedSample, Record, Tiling, Turn
+from moevlm.batch import (
+    DEFAULT_VIEW,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_ID,
+    NO_PAIR,
+    EncodedSample,
+    PixelScale,
+    Record,
+    Tiling,
+    Turn,
+)
 from moevlm.ops.tiling import num_tiled_tokens
 from moevlm.preprocessing.alignment import align_samples
 from moevlm.preprocessing.chat_templates import ChatTemplate
@@ -30,8 +40,9 @@ EncodedTurns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
 class View(NamedTuple):
     """The images of a sample as one transform made them."""
 
-    pixels: torch.Tensor  # [n, 3, H, W], or all pictures of n tiled images
+    pixels: torch.Tensor  # [n, 3, H, W] uint8, or all pictures of n tiled images
     tilings: tuple[Tiling, ...] | None
+    scale: PixelScale
 
     def num_pictures(self, num_images: int) -> int:
         """Of the first images."""
@@ -120,6 +131,7 @@ class Processor:
                 pair_id,
                 is_chosen=pair_id != NO_PAIR and number == 0,
                 tilings={n: v.tilings[:num_images] for n, v in views.items() if v.tilings is not None},
+                scales={name: view.scale for name, view in views.items()},
             )
             for number, (ids_S, labels_S, segments_S, num_images) in enumerate(encoded)
         ]
@@ -139,6 +151,7 @@ class Processor:
             segments_S,
             {name: view.pixels for name, view in views.items()},
             tilings={name: view.tilings for name, view in views.items() if view.tilings is not None},
+            scales={name: view.scale for name, view in views.items()},
         )
 
     def count_tokens(self, record: Record) -> tuple[int, int]:
@@ -213,7 +226,7 @@ class Processor:
 
     def _images(self, images: Sequence[ImageSource]) -> dict[str, View]:
         views = {DEFAULT_VIEW: self.image_transform, **self.extra_views}
-        return {name: View(*transform.stack(images)) for name, transform in views.items()}
+        return {name: View(*transform.stack(images), transform.scale) for name, transform in views.items()}
 
     def _visual_tokens(self, images: Sequence[ImageSource]) -> list[int]:
         """What each image takes in the decoder's row; sizes are read from the files' headers."""
@@ -248,7 +261,7 @@ class Processor:
 
     def _length(self, ids_S: torch.Tensor, visual_tokens: Sequence[int]) -> int:
         """Tokens in the decoder's row, once every image placeholder has an image."""
-        tags = int((ids_S == IMAGE_TOKEN_ID).sum())
+        tags = int((ids_S.numpy() == IMAGE_TOKEN_ID).sum())
         if tags != len(visual_tokens):
             raise RejectedSample("image_tag_mismatch", f"{tags} <image> tags, {len(visual_tokens)} images")
         return len(ids_S) + sum(visual_tokens) - tags

@@ -53,7 +53,7 @@ def vlm(request: pytest.FixtureRequest) -> VLM:
 def test_the_row_holds_every_image_as_the_reference_joins_it(vlm: VLM) -> None:
     batch = tiled_batch()
     inputs = vlm.embed(batch)
-    tokens = vlm.connector(vlm.vision_encoder(batch.images[DEFAULT_VIEW]))
+    tokens = vlm.connector(vlm.vision_encoder(batch.view(DEFAULT_VIEW)))
     newline = vlm.connector.image_newline
     first = 0
     starts = inputs.splice.text_positions[batch.input_ids < 0].tolist()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moevlm.preprocessing.fast_images import decode_jpeg, resize
+from moevlm.preprocessing.fast_images import decode_jpeg, plain_jpeg_size, resize_in_torch
 from moevlm.preprocessing.images import ImageTransform, decode_image
 from moevlm.preprocessing.rejection import RejectedSample
 
@@ -41,8 +41,8 @@ def test_what_breaks_off_is_left_to_pillow_and_rejected() -> None:
 @pytest.mark.parametrize("size", [(64, 64), (200, 37)])
 def test_torch_resizes_as_pillow_within_one_level(resampling: Image.Resampling, size: tuple[int, int]) -> None:
     image = decode_image(photograph(320, 240))
-    difference = np.abs(np.asarray(resize(image, size, resampling, in_torch=True), dtype=int)
-                        - np.asarray(image.resize(size, resampling), dtype=int))  # fmt: skip
+    found = resize_in_torch(np.array(image), (size[1], size[0]), resampling)
+    difference = np.abs(found.astype(int) - np.asarray(image.resize(size, resampling), dtype=int))
     assert difference.max() <= 1
 
 
@@ -68,3 +68,24 @@ def test_settings_of_speed_are_kept_and_checked() -> None:
         ImageTransform(56, resizer="cv2")
     with pytest.raises(ValueError, match=r"set processor.image.draft=false"):
         ImageTransform(56, mode="anyres", draft=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"x" * 300}, {"dpi": (72, 72)}])
+def test_the_size_of_a_plain_jpeg_is_read_from_its_frame(options: dict[str, object]) -> None:
+    assert plain_jpeg_size(photograph(161, 97, **options)) == (97, 161)
+
+
+def test_a_jpeg_that_needs_judging_is_left_to_pillow() -> None:
+    turned, grey = Image.Exif(), io.BytesIO()
+    turned[0x0112] = 6
+    Image.new("L", (9, 5)).save(grey, "JPEG")
+    for data in (
+        photograph(64, 48, exif=turned),
+        grey.getvalue(),
+        b"",
+        b"\xff\xd8",
+        photograph(64, 48)[:20],
+        b"GIF89a",
+    ):
+        assert plain_jpeg_size(data) is None
+    assert decode_image(photograph(64, 48, exif=turned)).size == (48, 64)
