@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -148,10 +149,7 @@ def _loader(shards: IndexedShards, processor: Processor) -> Work:
 
 def _workers(shards: IndexedShards, problem: Problem, num_workers: int) -> Work:
     """The steady rate: workers are running, and each has handed over batches before."""
-    batches = Batches(shards, make_processor(problem, WAYS["torch"]), 1 << 20)
-    options: dict[str, Any] = {"batch_size": None, "collate_fn": _as_it_is, "prefetch_factor": 2}
-    loader = DataLoader(batches, num_workers=num_workers, **options)
-    iterator = iter(loader)
+    iterator = _batches_of_workers(shards, problem, num_workers)
     taken = 4 * num_workers
 
     def step() -> None:
@@ -160,6 +158,27 @@ def _workers(shards: IndexedShards, problem: Problem, num_workers: int) -> Work:
 
     step()
     return Work(step, units={"image": taken * BATCH})
+
+
+def _batches_of_workers(shards: IndexedShards, problem: Problem, num_workers: int) -> Iterator[VLMBatch]:
+    batches = Batches(shards, make_processor(problem, WAYS["torch"]), 1 << 20)
+    options: dict[str, Any] = {"batch_size": None, "collate_fn": _as_it_is, "prefetch_factor": 2}
+    return iter(DataLoader(batches, num_workers=num_workers, **options))
+
+
+def waiting_share(problem: Problem, *, num_workers: int, step_seconds: float, steps: int = 40) -> float:
+    """Share of the time that a consumer of one micro-batch every `step_seconds` waits for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        iterator = _batches_of_workers(make_shards(problem, Path(folder)), problem, num_workers)
+        for _ in range(2 * num_workers):
+            next(iterator)
+        waited, start = 0.0, time.perf_counter()
+        for _ in range(steps):
+            before = time.perf_counter()
+            next(iterator)
+            waited += time.perf_counter() - before
+            time.sleep(step_seconds)
+        return waited / (time.perf_counter() - start)
 
 
 def _as_it_is(item: VLMBatch) -> VLMBatch:
@@ -182,13 +201,15 @@ def interleaved(problem: Problem, way: str, *, rounds: int = 40, clock: Callable
 
 def main() -> None:
     """Print interleaved rates in CPU time, for a machine that others use, too."""
-    import time
-
     torch.set_num_threads(1)
     for problem in PROBLEMS["full"]:
         for way in WAYS:
             floor, ours = interleaved(problem, way, clock=time.process_time)
             print(f"{problem.name:12} {way:14} decode + resize {floor:5.0f}  loader {ours:5.0f}  {ours / floor:.2f}")
+    for num_workers in (1, 2, 4):
+        for rate in (30, 120):  # samples a second: what a large and a small model take
+            share = waiting_share(PROBLEMS["full"][0], num_workers=num_workers, step_seconds=BATCH / rate)
+            print(f"{num_workers} workers, {rate} samples a second: waits {100 * share:.2f} % of the time")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,33 @@ class Blocks(NamedTuple):
     stages: int
 
 
-SINGLE = {"linear": Blocks(8, 512, 4, 3), "gate_up": Blocks(8, 256, 4, 3), "down": Blocks(8, 512, 4, 3)}
-SEVERAL = {"linear": Blocks(16, 128, 4, 5), "gate_up": Blocks(16, 128, 4, 5), "down": Blocks(16, 128, 4, 5)}
-"""Blocks for one token and for more, by kernel."""
+SINGLE = {
+    "linear": Blocks(8, 512, 4, 3),
+    "few_rows": Blocks(2, 1024, 4, 1),
+    "gate_up": Blocks(8, 512, 4, 3),
+    "down": Blocks(4, 512, 4, 5),
+}
+SEVERAL = {
+    "linear": Blocks(64, 128, 8, 3),
+    "few_rows": Blocks(16, 256, 4, 5),
+    "gate_up": Blocks(64, 64, 4, 3),
+    "down": Blocks(16, 256, 4, 5),
+}
+"""Blocks for one token and for more, by kernel; the fastest of a few dozen on an H200 (docs/performance.md)."""
+FEW_ROWS = 4096  # a matrix of fewer rows is cut finer, or it would not fill the chip
+DEPENDENT_LAUNCH = True  # start a kernel while the one before still runs, where the chip can
+
+
+@functools.cache
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Programmatic dependent launch, from Hopper on, if this Triton knows it."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    known = "launch_pdl" in CUDAOptions.__dataclass_fields__
+    if not (DEPENDENT_LAUNCH and known and device.type == "cuda"):
+        return {"PDL": False}
+    can = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if can else {"PDL": False}
 
 
 def rms_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -81,7 +105,7 @@ def linear(
 
     sizes = [weight.shape[0] for weight in weights]
     out_BN = x_BD.new_empty(x_BD.shape[0], sum(sizes), dtype=dtype)
-    rows, blocks = _tile("linear", x_BD.shape[0])
+    rows, blocks = _tile("few_rows" if sum(sizes) < FEW_ROWS else "linear", x_BD)
     filled = [*weights, *[weights[0]] * (3 - len(weights))]
     shifts = [weight if bias is None else bias for weight, bias in zip(filled, [*biases, None, None])]
     grid = (sum(-(-size // blocks.rows) for size in sizes),)
@@ -91,7 +115,7 @@ def linear(
         *(sizes + [0, 0])[:3], x_BD.shape[1], x_BD.shape[0], eps,
         ROWS=rows, BLOCK_N=blocks.rows, BLOCK_K=blocks.columns, STAGES=blocks.stages, HAS_NORM=norm_D is not None,
         HAS_BIAS=biases[0] is not None, HAS_RESIDUAL=residual_BN is not None, PARTS=len(weights),
-        num_warps=blocks.warps,
+        num_warps=blocks.warps, **launch_options(x_BD.device),
     )  # fmt: skip
     return out_BN
 
@@ -135,6 +159,7 @@ def route(
         weights_BK, x_BD.shape[1], num_experts, weight_scale, eps,
         EXPERTS=padded, TOP_K=top_k, BLOCK_K=min(2048, max(64, 8192 // padded)), SIGMOID=score == "sigmoid",
         NORMALISE=normalise, HAS_BIAS=selection_bias_E is not None, num_warps=8,
+        **launch_options(x_BD.device),
     )  # fmt: skip
     return Choices(ids_BK, weights_BK)
 
@@ -172,18 +197,19 @@ def gated_ffn(
     hidden_SBF = x_BD.new_empty(slots, num_rows, inner)
     out_BD = torch.empty_like(x_BD)
     ids, weights = (x_BD, x_BD) if choices is None else choices
-    rows, blocks = _tile("gate_up", num_rows)
+    launch = launch_options(x_BD.device)
+    rows, blocks = _tile("gate_up", x_BD)
     gate_up_kernel[(-(-inner // blocks.rows), slots)](
         x_BD, x_BD if norm_D is None else norm_D, gate_EFD, up_EFD, ids, hidden_SBF, width, inner, num_rows, eps,
         ROWS=rows, TOP_K=top_k, ROUTED=choices is not None, HAS_NORM=norm_D is not None,
-        BLOCK_N=blocks.rows, BLOCK_K=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps,
+        BLOCK_N=blocks.rows, BLOCK_K=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps, **launch,
     )  # fmt: skip
-    rows, blocks = _tile("down", num_rows)
+    rows, blocks = _tile("down", x_BD)
     down_kernel[(-(-width // blocks.rows),)](
         hidden_SBF, down_EDF, ids, weights, x_BD if residual_BD is None else residual_BD, out_BD, width, inner,
         num_rows,
         SLOTS=slots, ROWS=rows, TOP_K=top_k, ROUTED=choices is not None, HAS_RESIDUAL=residual_BD is not None,
-        BLOCK_N=blocks.rows, BLOCK_K=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps,
+        BLOCK_N=blocks.rows, BLOCK_K=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps, **launch,
     )  # fmt: skip
     return out_BD
 
@@ -202,10 +228,25 @@ def _plain_ffn(h_BD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor,
     return y_BD.to(h_BD.dtype)
 
 
-def _tile(kernel: str, num_rows: int) -> tuple[int, Blocks]:
-    """Tokens a program is padded to, and its blocks."""
+def _tile(kernel: str, x_BD: Tensor) -> tuple[int, Blocks]:
+    """Tokens a program is padded to, and its blocks, with as many loads in flight as its memory holds."""
+    num_rows = x_BD.shape[0]
     assert 1 <= num_rows <= MAX_ROWS, f"a decode step takes 1 to {MAX_ROWS} tokens, got {num_rows}"
-    return (1, SINGLE[kernel]) if num_rows == 1 else (max(16, _power(num_rows)), SEVERAL[kernel])
+    if num_rows == 1:
+        return 1, SINGLE[kernel]
+    rows, blocks = max(16, _power(num_rows)), SEVERAL[kernel]
+    matrices = 2 if kernel == "gate_up" else 1
+    stage_bytes = x_BD.element_size() * blocks.columns * (matrices * blocks.rows + rows)
+    return rows, blocks._replace(stages=max(1, min(blocks.stages, _shared_bytes(x_BD.device) // stage_bytes)))
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    """What a program may hold on the chip, less what a compiler needs besides."""
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 99 * 2**10)) - 16 * 2**10
 
 
 def _power(number: int) -> int:

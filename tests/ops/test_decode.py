@@ -149,6 +149,6 @@ def test_kernels_agree_with_pytorch_when_interpreted() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 1.5e-1)])
 def test_kernels_agree_with_pytorch_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
     compare_kernels("cuda", dtype, tolerance)
