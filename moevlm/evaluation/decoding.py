@@ -30,8 +30,8 @@ class Session:
 
         Args:
             decoding: "dynamic" lets the cache grow, "eager" fixes its size. "graph" also captures the step in a CUDA
-                graph, "fused" captures one of few kernels (`FusedStep`); on a CPU both run uncaptured. "auto" is the
-                first of fused, graph and eager that fits model and device, on a CPU eager.
+                graph, "fused" captures one of few kernels (`FusedStep`); on a CPU both run uncaptured. "auto" is
+                eager: the captured ways are right on a GPU, but how fast whole answers are is not measured yet.
             batch_size: most prompts in a batch.
             max_length: most columns that a prompt and its answer take.
             view: which of the prompts' image transforms the model sees.
@@ -153,21 +153,17 @@ class LayerwiseStep:
 
 
 def choose_decoding(vlm: VLM, decoding: str, batch_size: int) -> str:
-    """What "auto" means for this model; anything else is checked and returned.
+    """What "auto" means; anything else is checked and returned.
 
     Raises:
         ValueError: see `Session`.
     """
     if decoding not in DECODINGS:
         raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, got {decoding!r}; set decoding")
-    if decoding in ("eager", "dynamic"):
-        return decoding
+    if decoding in ("auto", "eager", "dynamic"):
+        return "eager" if decoding == "auto" else decoding
     static = _why_not_static(vlm)
-    fused = static or why_not_fused(vlm, batch_size)
-    if decoding == "auto":
-        on_cpu = next(vlm.parameters()).device.type != "cuda"
-        return "eager" if on_cpu or static is not None else "graph" if fused is not None else "fused"
-    reason = fused if decoding == "fused" else static
+    reason = static or why_not_fused(vlm, batch_size) if decoding == "fused" else static
     if reason is not None:
         raise ValueError(f"decoding={decoding} does not fit this model: {reason}; set decoding=auto")
     return decoding
