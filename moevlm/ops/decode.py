@@ -54,14 +54,12 @@ DEPENDENT_LAUNCH = False  # start a kernel while the one before still runs; righ
 
 @functools.cache
 def launch_options(device: torch.device) -> dict[str, Any]:
-    """Programmatic dependent launch, from Hopper on, if this Triton knows it."""
+    """Programmatic dependent launch, from Hopper on, if this Triton knows it. Asked for once a device."""
+    if not DEPENDENT_LAUNCH or device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"PDL": False}
     from triton.backends.nvidia.compiler import CUDAOptions
 
-    known = "launch_pdl" in CUDAOptions.__dataclass_fields__
-    if not (DEPENDENT_LAUNCH and known and device.type == "cuda"):
-        return {"PDL": False}
-    can = torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if can else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if "launch_pdl" in CUDAOptions.__dataclass_fields__ else {"PDL": False}
 
 
 def rms_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
