@@ -22,7 +22,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 setup: $(VENV)/.installed  ## Make the environment in .venv
 
-demo: setup  ## Train, distil, evaluate and explain a sparse VLM in the miniature world (CPU, about 20 minutes)
+demo: setup  ## Train, distil, evaluate and explain a sparse VLM in the miniature world (CPU, under half an hour)
 	$(BIN)/python -m experiments.pipeline pipeline=demo
 
 test: setup  ## Run the default tests with coverage
