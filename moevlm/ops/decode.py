@@ -49,7 +49,7 @@ SEVERAL = {
 }
 """Blocks for one token and for more, by kernel; the fastest of a few dozen on an H200 (docs/performance.md)."""
 FEW_ROWS = 4096  # a matrix of fewer rows is cut finer, or it would not fill the chip
-DEPENDENT_LAUNCH = False  # start a kernel while the one before still runs; right on an H200, its speed is not measured
+DEPENDENT_LAUNCH = False  # start a kernel while the one before still runs; not verified on a GPU, so off
 
 
 @functools.cache
