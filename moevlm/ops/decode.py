@@ -2,7 +2,7 @@
 
 Inference only: nothing here has a gradient. Nothing synchronises with the host, shapes do not depend on what the router
 chooses, and only the chosen experts' weights are read, so that a step can be captured in a CUDA graph. On CUDA the
-kernels of `decode_kernels` and `decode_attention_kernels` run; elsewhere, and with `plain=True`, the same in PyTorch.
+kernels of `moevlm.ops.kernels` run; elsewhere, and with `plain=True`, the same in PyTorch.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def linear(
         parts = [torch.nn.functional.linear(normed_BD, *pair) for pair in zip(weights, biases)]
         y_BN = torch.cat(parts, dim=-1)
         return (y_BN if residual_BN is None else residual_BN + y_BN).to(dtype or x_BD.dtype)
-    from moevlm.ops.decode_kernels import linear_kernel
+    from moevlm.ops.kernels.decode import linear_kernel
 
     sizes = [weight.shape[0] for weight in weights]
     out_BN = x_BD.new_empty(x_BD.shape[0], sum(sizes), dtype=dtype)
@@ -146,7 +146,7 @@ def route(
         routing = top_k_routing(logits_BE, top_k=top_k, **options)
         ids_BK = routing.expert_ids.masked_fill(~running_B[:, None], -1).int()
         return Choices(ids_BK, routing.expert_weights * weight_scale)
-    from moevlm.ops.decode_kernels import route_kernel
+    from moevlm.ops.kernels.decode import route_kernel
 
     num_experts = router_ED.shape[0]
     ids_BK = torch.empty(x_BD.shape[0], top_k, dtype=torch.int32, device=x_BD.device)
@@ -186,7 +186,7 @@ def gated_ffn(
         h_BD = x_BD if norm_D is None else rms_norm(x_BD, norm_D, eps)
         y_BD = _plain_ffn(h_BD, gate_EFD, up_EFD, down_EDF, choices)
         return y_BD if residual_BD is None else residual_BD + y_BD
-    from moevlm.ops.decode_kernels import down_kernel, gate_up_kernel
+    from moevlm.ops.kernels.decode import down_kernel, gate_up_kernel
 
     num_rows, width = x_BD.shape
     num_experts, inner, _ = gate_EFD.shape

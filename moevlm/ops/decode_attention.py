@@ -51,7 +51,7 @@ def attend(
         return _plain(
             qkv_BN, keys_BHLd, values_BHLd, starts_B, position, angles, num_heads, scaling, window, norms, eps
         )
-    from moevlm.ops.decode_attention_kernels import attend_kernel, join_kernel
+    from moevlm.ops.kernels.decode_attention import attend_kernel, join_kernel
 
     batch, key_heads, length, head = keys_BHLd.shape
     splits = _power(max(1, min(64, TARGET_PROGRAMS // (batch * key_heads), -(-length // 64))))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moevlm.ops.decode_kernels import _take_over
+from moevlm.ops.kernels.decode import _take_over
 
 
 @triton.jit
