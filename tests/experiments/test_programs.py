@@ -151,7 +151,7 @@ def test_a_value_that_nobody_knows_ends_in_one_line(
         ("num_step=3", "unknown key num_step (did you mean num_steps?); known in train: backbone, "),
         (
             "optimizer.lrr=3",
-            "unknown key optimizer.lrr (did you mean lr?); known in optimizer: betas, lr, weight_decay; ",
+            "unknown key optimizer.lrr (did you mean lr?); known in optimizer: betas, fused, lr, weight_decay; ",
         ),
         ("trainer.strategy.x=1", "unknown key trainer.strategy; known in trainer: "),
         ("model.moe.top_k=1", "unknown key model.moe.top_k: model.moe is no group of keys here"),
@@ -170,7 +170,8 @@ def test_a_key_or_choice_that_nobody_knows_ends_in_one_line(override: str, said:
 
 def test_an_unknown_key_is_looked_up_in_the_chosen_files(console: Console) -> None:
     line = only_line(console(train.main, "experiment=mini/moe_tuning", "model.moe.num_expert=2"))
-    assert "unknown key model.moe.num_expert (did you mean num_experts?); known in model.moe: num_experts, " in line
+    fault = "unknown key model.moe.num_expert (did you mean num_experts?); known in model.moe: kernel, num_experts, "
+    assert fault in line
 
 
 def test_an_unknown_choice_ends_a_sweep_before_its_first_trial(console: Console) -> None:
