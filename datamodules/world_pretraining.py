@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +20,12 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.steps import StepSampler
-from moevlm.batch import EncodedSample, Record, Turn, VLMBatch
+from moevlm.batch import DEFAULT_VIEW, EncodedSample, Record, Turn, VLMBatch
 from moevlm.data.plan import BlockShuffle, rank_positions
 from moevlm.preprocessing.collate import pack
 from moevlm.preprocessing.processor import Processor
-from moevlm.world.documents import pretraining_conversation, text_only_conversation
+from moevlm.preprocessing.templates import IMAGE_TAG
+from moevlm.world.documents import PATCH_WORD_CHOICES, patch_words, pretraining_conversation, text_only_conversation
 from moevlm.world.ground_truth import ATTRIBUTES, patch_labels
 from moevlm.world.rendering import render
 from moevlm.world.scenes import Scene, iterate_scenes
@@ -61,22 +63,44 @@ class SceneImages(_Steps):
 
 
 class SceneDocuments(_Steps):
-    """Steps of one packed text-only batch. Answers alone are supervised: no one can predict the scene that is told."""
+    """Steps of one packed batch of text. Answers alone are supervised: no one can predict the scene that is told.
 
-    def __init__(self, scenes: list[Scene], processor: Processor, **plan: Any) -> None:
+    A share of the scenes is told as a picture in words, patch by patch, where an image will stand later
+    (`moevlm.models.told_pictures`).
+    """
+
+    def __init__(
+        self, scenes: list[Scene], processor: Processor, *, picture_fraction: float = 0.0, grid: int = 6, **plan: Any
+    ) -> None:
         super().__init__(len(scenes), **plan)
         self.scenes, self.processor = scenes, processor
+        self.picture_fraction, self.grid = picture_fraction, grid
+        self.patch_width = sum(max(len(self._token_ids(words)) for words in choice) for choice in PATCH_WORD_CHOICES)
 
     def __getitem__(self, step: int) -> list[VLMBatch]:
         return [pack([self.document(number, step) for number in self.samples_of(step)])]
 
     def document(self, number: int, step: int) -> EncodedSample:
         """The document of a scene; another epoch asks other questions about it."""
-        rng = random.Random(f"{self.seed}/{step}/{number}")
-        rounds = pretraining_conversation(self.scenes[number], rng) + text_only_conversation(rng, num_questions=1)
+        rng, scene = random.Random(f"{self.seed}/{step}/{number}"), self.scenes[number]
+        is_picture = self.picture_fraction > 0 and rng.random() < self.picture_fraction
+        rounds = pretraining_conversation(scene, rng, picture=IMAGE_TAG if is_picture else None)
+        rounds += text_only_conversation(rng, num_questions=1)
         turns = tuple(turn for user, assistant in rounds for turn in (Turn("user", user), Turn("assistant", assistant)))
-        (sample,) = self.processor.encode(Record(key=str(number), turns=turns))
-        return sample
+        if not is_picture:
+            (sample,) = self.processor.encode(Record(key=str(number), turns=turns))
+            return replace(sample, images={}, scales={})  # of no image
+        ids_S, labels_S, segments_S = self.processor.template.encode(turns)
+        return EncodedSample(str(number), ids_S, labels_S, segments_S, {DEFAULT_VIEW: self.told_picture(scene)})
+
+    def told_picture(self, scene: Scene) -> torch.Tensor:
+        """[1, P, W] token ids of the words of each patch, -1 behind the last."""
+        ids = [self._token_ids(text) for text in patch_words(scene, self.grid)]
+        return torch.tensor([[*row, *[-1] * (self.patch_width - len(row))] for row in ids]).unsqueeze(0)
+
+    def _token_ids(self, words: str) -> list[int]:
+        found: list[int] = self.processor.tokenizer(f" {words}", add_special_tokens=False)["input_ids"]
+        return found
 
 
 class _WorldPretraining(LightningDataModule):
@@ -155,13 +179,24 @@ class WorldVisionDataModule(_WorldPretraining):
 class WorldLanguageDataModule(_WorldPretraining):
     """Descriptions of scenes with questions that they answer."""
 
-    def __init__(self, *, processor: Processor, **settings: Any) -> None:
+    def __init__(self, *, processor: Processor, picture_fraction: float = 0.0, grid: int = 6, **settings: Any) -> None:
+        """Keep what the documents are made with.
+
+        Args:
+            picture_fraction: share of the documents whose scene is a picture told in words, patch by patch.
+            grid: patches along a side of such a picture; that of the vision encoder to come.
+
+        Raises:
+            ValueError: a share outside [0, 1].
+        """
         super().__init__(**settings)
-        self.processor = processor
+        if not 0 <= picture_fraction <= 1:
+            raise ValueError(f"picture_fraction must lie in [0, 1], got {picture_fraction}; set data.picture_fraction")
+        self.processor, self.picture_fraction, self.grid = processor, picture_fraction, grid
 
     def build_dataset(self, scenes: list[Scene], **plan: Any) -> _Steps:
         assert self.processor is not None
-        return SceneDocuments(scenes, self.processor, **plan)
+        return SceneDocuments(scenes, self.processor, picture_fraction=self.picture_fraction, grid=self.grid, **plan)
 
 
 def _draw(scene: Scene, *, image_size: int, grid: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

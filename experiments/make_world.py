@@ -20,10 +20,11 @@ from moevlm.data.records import load_json_records
 from moevlm.world.writer import write_world
 
 
-def prepare_world(folder: Path, **settings: Any) -> dict[str, Any]:
+def prepare_world(folder: Path, *, num_workers: int = 1, **settings: Any) -> dict[str, Any]:
     """Write a world and its shards, or say that they are there already.
 
     Args:
+        num_workers: processes that draw images and write shards; the world is the same.
         settings: arguments of `moevlm.world.writer.write_world`.
 
     Returns:
@@ -39,22 +40,28 @@ def prepare_world(folder: Path, **settings: Any) -> dict[str, Any]:
             raise ValueError(f"{folder} holds a world with {before}, asked for {settings}; choose another folder")
     else:
         with tqdm(desc="world", unit="image") as bar:
-            write_world(folder, **settings, progress=lambda name, done, total: _advance(bar, name, done, total))
-    shard_training_records(folder, source="miniature world")
+            write_world(
+                folder,
+                **settings,
+                num_workers=num_workers,
+                progress=lambda name, done, total: _advance(bar, name, done, total),
+            )
+    shard_training_records(folder, source="miniature world", num_workers=num_workers)
     stored.write_text(json.dumps(settings))
     print(f"world in {folder}")
     summary: dict[str, Any] = json.loads((folder / "world.json").read_text())
     return summary
 
 
-def shard_training_records(folder: Path, *, source: str, licence: str = "Apache-2.0") -> None:
+def shard_training_records(folder: Path, *, source: str, licence: str = "Apache-2.0", num_workers: int = 1) -> None:
     """Shards of every training and validation record file of a folder, in ``shards/<name>``; finished ones stay."""
+    options: dict[str, Any] = {"source": source, "licence": licence, "num_workers": num_workers, "overwrite": True}
     for family in ("captions", "instructions", "preferences"):
         for split in ("train", "validation"):
             records, target = folder / f"{family}_{split}.json", folder / "shards" / f"{family}_{split}"
             if records.exists() and not (target / "manifest.json").exists():
                 images = find_image_folder(folder, load_json_records(records))
-                shard_records(records, images, target, source=source, licence=licence, overwrite=True)
+                shard_records(records, images, target, **options)
 
 
 def _advance(bar: tqdm, name: str, done: int, total: int) -> None:

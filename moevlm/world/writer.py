@@ -6,9 +6,12 @@
 * test: ``pope_{random,popular,adversarial}_test.json``, ``descriptions_test.json``
 """
 
+import functools
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ Progress = Callable[[str, int, int], None]  # (file or split, done, total)
 def write_world(
     folder: str | Path, *, seed: int, num_train: int, num_validation: int, num_test: int, image_size: int = 96,
     image_format: str = "png", vqa_per_kind: int = 150, mix: InstructionMix | None = None,
-    progress: Progress | None = None,
+    num_workers: int = 1, progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Draw scenes and write everything about them; the same arguments give the same bytes.
 
@@ -44,6 +47,7 @@ def write_world(
         image_format: png or jpg.
         vqa_per_kind: test questions of each kind (seven visual kinds and text); a quarter of it for validation.
         mix: instruction records a scene gets.
+        num_workers: processes that draw images.
         progress: called as images and files are written.
 
     Returns:
@@ -55,14 +59,18 @@ def write_world(
     target = Path(folder)
     counts = {"train": num_train, "validation": num_validation, "test": num_test}
     _check_arguments(target, counts, image_size, image_format, vqa_per_kind)
-    report = progress or (lambda name, done, total: None)
+    report: Progress = progress or (lambda name, done, total: None)
     scenes = {split: list(iterate_scenes(split, seed, count)) for split, count in counts.items()}
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
     for split in scenes:
-        _write_images(partial, split, scenes[split], image_size, image_format, report)
+        images = partial / "images" / split
+        images.mkdir(parents=True)
+        draw = functools.partial(_write_image, folder=images, size=image_size, image_format=image_format)
+        for done, _ in enumerate(_map(draw, scenes[split], num_workers), start=1):
+            report(f"{split} images", done, counts[split])
     _write_lines(partial / "scenes.jsonl", (scene_to_record(s) for split in scenes for s in scenes[split]))
     prior = count_cooccurrence(scenes["train"])
     summary: dict[str, Any] = {"version": WORLD_VERSION, "seed": seed, "image_size": image_size, "num_scenes": counts}
@@ -112,14 +120,17 @@ def _record_files(
     yield "descriptions_test", description_records(scenes["test"], seed, image_path)
 
 
-def _write_images(
-    folder: Path, split: str, scenes: Sequence[Scene], image_size: int, image_format: str, report: Progress
-) -> None:
-    images = folder / "images" / split
-    images.mkdir(parents=True)
-    for done, scene in enumerate(scenes, start=1):
-        render(scene, image_size).save(images / f"{scene.scene_id}.{image_format}", **IMAGE_OPTIONS[image_format])
-        report(f"{split} images", done, len(scenes))
+def _map(draw: Callable[[Scene], None], scenes: Sequence[Scene], num_workers: int) -> Iterator[None]:
+    if num_workers <= 1:
+        yield from map(draw, scenes)
+        return
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    with ProcessPoolExecutor(num_workers, context) as pool:
+        yield from pool.map(draw, scenes, chunksize=64)
+
+
+def _write_image(scene: Scene, *, folder: Path, size: int, image_format: str) -> None:
+    render(scene, size).save(folder / f"{scene.scene_id}.{image_format}", **IMAGE_OPTIONS[image_format])
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:

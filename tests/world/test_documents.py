@@ -3,7 +3,9 @@ import random
 import pytest
 
 from moevlm.world.documents import (
+    NOTHING_THERE,
     list_objects,
+    patch_words,
     pretraining_conversation,
     pretraining_document,
     text_only_conversation,
@@ -13,6 +15,7 @@ from moevlm.world.ground_truth import categories, mentioned_categories
 from moevlm.world.scenes import Scene, iterate_scenes
 from moevlm.world.texts.questions import AnswerBalancer
 from moevlm.world.texts.visual_questions import KINDS, draw_question
+from moevlm.world.texts.wording import label_phrase
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +57,21 @@ def test_notes_have_a_line_per_object(scenes):
 def test_no_questions_are_refused(scenes):
     with pytest.raises(ValueError, match="num_questions must be at least 1"):
         pretraining_conversation(scenes[0], random.Random(0), num_questions=0)
+
+
+def test_a_picture_is_told_patch_by_patch(scenes: list[Scene]) -> None:
+    for scene in scenes[:20]:
+        words = patch_words(scene, 6)
+        assert len(words) == 36
+        told = [text for text in words if text != NOTHING_THERE]
+        for item in scene.objects:
+            label = [] if item.label is None else [label_phrase(item.label)]
+            assert " ".join([item.category, item.colour, item.size, item.texture, *label]) in told
+        assert NOTHING_THERE in words
+
+
+def test_a_shown_scene_is_told_in_no_other_way(scenes: list[Scene]) -> None:
+    for number, scene in enumerate(scenes[:30]):
+        first = pretraining_conversation(scene, random.Random(number), picture="<image>")[0][0]
+        assert first.startswith("<image>\n")
+        assert first.count("\n") == 1

@@ -235,3 +235,12 @@ def test_malformed_records_are_named(change, message):
 def test_a_folder_without_a_world_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"scenes\.jsonl is missing"):
         read_scenes(tmp_path)
+
+
+def test_several_processes_draw_the_same_world(tmp_path: Path) -> None:
+    sizes = {"num_train": 6, "num_validation": 2, "num_test": 2, "image_size": 32, "vqa_per_kind": 2}
+    for folder, workers in (("one", 1), ("two", 2)):
+        write_world(tmp_path / folder, seed=0, num_workers=workers, **sizes)
+    files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
+    assert files
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
