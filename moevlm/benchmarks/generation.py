@@ -197,9 +197,7 @@ def ours(vlm: VLM, prompts: list[EncodedSample], problem: Problem, way: str) -> 
     return Work(work, partial(_forced_logits, vlm, prompts, way), _units(problem))
 
 
-def _steps_alone(
-    session: Session, prompts: list[EncodedSample], problem: Problem, way: str
-) -> Callable[[], object]:
+def _steps_alone(session: Session, prompts: list[EncodedSample], problem: Problem, way: str) -> Callable[[], object]:
     """The same greedy steps of a captured session again and again, in the columns behind the prompt."""
     running_B = torch.ones(len(prompts), dtype=torch.bool, device=session.device)
 

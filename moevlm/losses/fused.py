@@ -148,7 +148,9 @@ class _FusedRows(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None  # scaled where they lie: a copy of the head's would be as large as the head
         if grads is None:
             raise RuntimeError("a fused loss has one backward pass; set stage.loss_kernel=plain for more")
-        scaled = [None if grad is None else grad.mul_(grad_outputs[0]) for grad in grads.tensors]
+        from moevlm.ops.vocabulary_kernels import scale_in_place
+
+        scaled = [None if grad is None else scale_in_place(grad, grad_outputs[0]) for grad in grads.tensors]
         return (*scaled, None)
 
 
@@ -252,7 +254,7 @@ def _run(sides: list[_Side], grads: _Gradients, settings: _Settings) -> tuple[Te
         weights_C = torch.ones_like(statistics.kl) if settings.weigh is None else settings.weigh(statistics)
         found_D, options = None, _options(settings.divergence)
         if other and not settings.divergence.is_plain_kl:
-            found_D = divergence_statistics(logits_CV, student.squash, *other, **options)
+            found_D = divergence_statistics(logits_CV, student.squash, *other, **options, known=statistics)
         kd_C = statistics.kl if found_D is None else settings.divergence.temperature**2 * found_D.value
         total += settings.kd_weight * (weights_C * kd_C).sum()
         if targets_C is not None and settings.lm_weight:

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import torch
 
-from moevlm.benchmarks.generation import DEPENDENT, PROBLEMS, SHAPES, Problem, draw_prompts, ours, random_vlm, step_bytes
+from moevlm.benchmarks.generation import (
+    DEPENDENT,
+    PROBLEMS,
+    SHAPES,
+    Problem,
+    draw_prompts,
+    ours,
+    random_vlm,
+    step_bytes,
+)
 from moevlm.benchmarks.suites import run_suite
 from moevlm.evaluation.decoding import Session
 from moevlm.evaluation.generation import generate_batch
