@@ -14,9 +14,10 @@ from moevlm.batch import IGNORE_INDEX, Head
 from moevlm.losses import fused
 from moevlm.losses.distillation import WEIGHTINGS, TokenLosses, token_losses
 from moevlm.losses.divergences import Divergence
-from moevlm.losses.fused import add_product, fused_rows, is_fused
+from moevlm.losses.fused import fused_rows, is_fused
 from moevlm.losses.language_modeling import cross_entropy
 from moevlm.losses.teacher_rows import HeadRows
+from moevlm.ops.products import add_product
 from moevlm.ops.vocabulary_kernels import scale_in_place
 from tests.losses.builders import make_head, make_labels, make_output
 

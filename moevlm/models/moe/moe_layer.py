@@ -160,7 +160,9 @@ class SparseMoE(nn.Module):
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         weights_TK = routing.expert_weights if scale == 1.0 else routing.expert_weights * scale
-        experts = SwiGLUExperts(*(self.experts.get_parameter(name).to(dtype) for name in self.experts.projection_names))
+        experts = SwiGLUExperts(*(self.experts.get_parameter(name) for name in self.experts.projection_names))
+        if not self.settings.wide_gradients:
+            experts = SwiGLUExperts(*(weight.to(dtype) for weight in experts))
         with torch.autocast(device_type, enabled=False):
             return routed_swiglu(
                 hidden_TD.to(dtype), routing.expert_ids, weights_TK, experts, dropped_TK=routing.dropped
