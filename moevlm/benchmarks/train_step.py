@@ -2,8 +2,9 @@
 
 A step is one GPU's share of the published recipe (128 samples on 8 GPUs): 16 samples of 600 to 2,600 tokens, an image
 of 576 tokens in each, a quarter of the tokens supervised, in two packed micro-batches or, as published and where memory
-allows, in one; forward, backward, clipping at 1 and fused AdamW. Parameters, gradients and AdamW's moments are in float32, products in bfloat16 by autocast, as
-``trainer=gpu_bf16`` runs. The floor is the model's FLOPs over the measured ceiling, so that a ratio is 1 / MFU.
+allows, in one; forward, backward, clipping at 1 and fused AdamW. Parameters, gradients and AdamW's moments are in
+float32, products in bfloat16 by autocast, as ``trainer=gpu_bf16`` runs. The floor is the model's FLOPs over the
+measured ceiling, so that a ratio is 1 / MFU.
 """
 
 from __future__ import annotations
