@@ -2,12 +2,14 @@
 
 The floor of decoding is memory: every step reads the weights that its tokens meet once (of E experts, of which each of
 B tokens takes K, about ``E (1 - (1 - K/E)^B)``) and the keys and values so far. The floor of prefill is its matrix
-products. Batches are decoded to the end as in an evaluation; what is captured once for many is captured before.
+products. Batches are decoded to the end as in an evaluation; what is captured once for many is captured before. Steps
+alone leave the prefill out, which a short answer does not pay off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -24,8 +26,10 @@ from moevlm.evaluation.generation import generate_batch
 from moevlm.models.build import build_vlm
 from moevlm.models.moe.moe_layer import SparseMoE
 from moevlm.models.vlm import VLM
+from moevlm.ops.decode import dependent_launch
 
 NUM_COMPARED = 5  # forced tokens whose logits are compared
+DEPENDENT = "fused, dependent launch"
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,14 @@ class Problem:
     batch: int
     prompt: int
     new_tokens: int
+    steps_alone: bool = False  # behind a prefill that is not timed
 
 
 SHAPES = {"full": Shape(), "tiny": Shape(width=64, inner=96, layers=2, heads=4, vocabulary=160)}
 PROBLEMS = {
     "full": (
         Problem("decode, batch 1", 1, 64, 64),
+        Problem("steps alone, batch 1", 1, 64, 64, steps_alone=True),
         Problem("decode, batch 8", 8, 64, 64),
         Problem("decode, batch 32", 32, 64, 64),
         Problem("decode, batch 1 behind 1,024 tokens", 1, 1024, 64),
@@ -70,6 +76,7 @@ PROBLEMS = {
     ),
     "tiny": (
         Problem("decode, batch 3", 3, 7, 5),
+        Problem("steps alone, batch 1", 1, 7, 5, steps_alone=True),
         Problem("prefill, batch 2", 2, 11, 0),
     ),
 }
@@ -82,19 +89,26 @@ def cases(*, size: str, device: torch.device) -> Iterator[Case]:
     vlm = random_vlm(shape, device, dtype)
     for problem in PROBLEMS[size]:
         prompts = draw_prompts(problem, shape)
-        ours = ("fused", "graph", "eager", "dynamic") if problem.new_tokens else ("eager", "dynamic")
+        contenders = [Contender(f"ours, {way}", partial(ours, vlm, prompts, problem, way)) for way in ways(problem)]
+        if not problem.steps_alone:
+            peer = partial(_transformers_moe, shape, prompts, problem, device, dtype)
+            contenders.append(Contender("transformers generate", partial(_transformers, vlm, prompts, problem)))
+            contenders.append(Contender("transformers qwen3_moe", peer))
         yield Case(
             problem.name,
-            [
-                *(Contender(f"ours, {way}", partial(_ours, vlm, prompts, problem, way)) for way in ours),
-                Contender("transformers generate", partial(_transformers, vlm, prompts, problem)),
-                Contender("transformers qwen3_moe", partial(_transformers_moe, shape, prompts, problem, device, dtype)),
-            ],
+            contenders,
             floor=partial(_floor, vlm, shape, problem),
             reference=partial(_forced_logits, vlm, prompts, "dynamic"),
             tolerance=5e-2 if dtype == torch.bfloat16 else 1e-4,
             facts={**asdict(problem), "step_gb": step_bytes(vlm, shape, problem) / 1e9},
         )
+
+
+def ways(problem: Problem) -> tuple[str, ...]:
+    """Of ours, what is timed. Kernels that start before the one before them ends come last: they may fail alone."""
+    if not problem.new_tokens:
+        return ("eager", "dynamic")
+    return ("fused", "graph", *(() if problem.steps_alone else ("eager", "dynamic")), DEPENDENT)
 
 
 def random_vlm(shape: Shape, device: torch.device, dtype: torch.dtype) -> VLM:
@@ -167,32 +181,60 @@ def _floor(vlm: VLM, shape: Shape, problem: Problem, ceilings: Ceilings) -> floa
     return prefill_flop(vlm, shape, problem) / ceilings.flop_per_second
 
 
-def _ours(vlm: VLM, prompts: list[EncodedSample], problem: Problem, way: str) -> Work:
+def ours(vlm: VLM, prompts: list[EncodedSample], problem: Problem, way: str) -> Work:
+    """One way to decode, in a session that is kept."""
     ends = torch.empty(0, dtype=torch.int64, device=vlm.head.weight.device)
-    longest = problem.prompt + max(problem.new_tokens, NUM_COMPARED + 1)
-    session = Session(vlm, way, batch_size=problem.batch, max_length=longest, view="default")
+    session = _session(vlm, prompts, way, problem.new_tokens)
 
     @torch.no_grad()
     def step() -> object:
-        if not problem.new_tokens:
-            return session.start(prompts)
-        return generate_batch(session, prompts, problem.new_tokens, ends)
+        with _launches(way):
+            if not problem.new_tokens:
+                return session.start(prompts)
+            return generate_batch(session, prompts, problem.new_tokens, ends)
 
-    return Work(step, partial(_forced_logits, vlm, prompts, way), _units(problem))
+    work = _steps_alone(session, prompts, problem, way) if problem.steps_alone else step
+    return Work(work, partial(_forced_logits, vlm, prompts, way), _units(problem))
+
+
+def _steps_alone(session: Session, prompts: list[EncodedSample], problem: Problem, way: str) -> Callable[[], object]:
+    """The same greedy steps of a captured session again and again, in the columns behind the prompt."""
+    running_B = torch.ones(len(prompts), dtype=torch.bool, device=session.device)
+
+    @torch.no_grad()
+    def step(first_BV: Tensor) -> object:
+        logits_BV, session.num_steps = first_BV, 0
+        for _ in range(problem.new_tokens):
+            logits_BV = session.advance(logits_BV.argmax(dim=-1), running_B)
+        return logits_BV
+
+    with torch.no_grad(), _launches(way):
+        first_BV = session.start(prompts)
+        step(first_BV)  # captures
+        return partial(step, session.start(prompts))
+
+
+def _session(vlm: VLM, prompts: list[EncodedSample], way: str, new_tokens: int) -> Session:
+    longest = len(prompts[0].input_ids) + max(new_tokens, NUM_COMPARED + 1)
+    decoding = "fused" if way == DEPENDENT else way
+    return Session(vlm, decoding, batch_size=len(prompts), max_length=longest, view="default")
+
+
+def _launches(way: str) -> contextlib.AbstractContextManager[None]:
+    return dependent_launch() if way == DEPENDENT else contextlib.nullcontext()
 
 
 @torch.no_grad()
 def _forced_logits(vlm: VLM, prompts: list[EncodedSample], way: str) -> Mapping[str, Tensor]:
     """Of the last prompt token and of given tokens behind it; the second batch of a session is captured throughout."""
-    device = vlm.head.weight.device
-    length = len(prompts[0].input_ids) + NUM_COMPARED + 1
-    session = Session(vlm, way, batch_size=len(prompts), max_length=length, view="default")
-    running_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    session = _session(vlm, prompts, way, NUM_COMPARED + 1)
+    running_B = torch.ones(len(prompts), dtype=torch.bool, device=session.device)
     found: list[Tensor] = []
-    for _ in range(2):
-        found = [session.start(prompts)]
-        for step in range(NUM_COMPARED):
-            found.append(session.advance(_forced(prompts, step).to(device), running_B).clone())
+    with _launches(way):
+        for _ in range(2):
+            found = [session.start(prompts)]
+            for step in range(NUM_COMPARED):
+                found.append(session.advance(_forced(prompts, step).to(session.device), running_B).clone())
     return {"logits": torch.stack(found, dim=1)}
 
 

@@ -89,8 +89,9 @@ def run_cases(
 
     Args:
         repeats: at most; fewer (at least 3) where they would take longer than `most_seconds`.
-        only: measure contenders whose "case/contender" contains this, and the floors of their cases.
-        skip: and of these none that contains this.
+        only: measure contenders whose "case/contender" contains this (or one of several, between "|"), and the
+            floors of their cases.
+        skip: and of these none that contains this (or one of several).
 
     Raises:
         ValueError: `repeats` or `warmup` that measure nothing.
@@ -138,7 +139,11 @@ def _run_case(
 
 
 def _is_named(name: str, only: str | None, skip: str | None) -> bool:
-    return (only is None or only in name) and (skip is None or skip not in name)
+    return (only is None or _has_any(name, only)) and (skip is None or not _has_any(name, skip))
+
+
+def _has_any(name: str, parts: str) -> bool:
+    return any(part in name for part in parts.split("|"))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -1,9 +1,10 @@
 """Suite `train_step`: whole optimizer steps of a Qwen1.5-1.8B with CLIP-L/336, dense and sparse, over their FLOPs.
 
 A step is one GPU's share of the published recipe (128 samples on 8 GPUs): 16 samples of 600 to 2,600 tokens, an image
-of 576 tokens in each, a quarter of the tokens supervised, in packed micro-batches; forward, backward, clipping at 1 and
-fused AdamW. Parameters, gradients and AdamW's moments are in float32, products in bfloat16 by autocast, as
-``trainer=gpu_bf16`` runs. The floor is the model's FLOPs over the measured ceiling, so that a ratio is 1 / MFU.
+of 576 tokens in each, a quarter of the tokens supervised, in two packed micro-batches or, as published and where memory
+allows, in one; forward, backward, clipping at 1 and fused AdamW. Parameters, gradients and AdamW's moments are in
+float32, products in bfloat16 by autocast, as ``trainer=gpu_bf16`` runs. The floor is the model's FLOPs over the
+measured ceiling, so that a ratio is 1 / MFU.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ MOE = {"num_experts": 4, "top_k": 2, "placement": "interval", "router_init_std":
 
 @dataclass(frozen=True)
 class Problem:
-    """One model and what of it trains."""
+    """One model, what of it trains, and in how many pieces a step's samples pass."""
 
     name: str
     trainable: tuple[str, ...]
     is_sparse: bool = False
+    micro_batches: int = 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,6 @@ class Sizes:
     vision_encoder: dict[str, Any]
     lengths: tuple[int, int]  # shortest and longest sequence, visual tokens included
     samples: int = 16
-    micro_batches: int = 2
 
 
 SIZES = {
@@ -96,6 +97,9 @@ PROBLEMS = (
     Problem("dense, instruction tuning", tuple(EVERYTHING)),
     Problem("4 experts, top 2, MoE tuning", tuple(FEED_FORWARD), is_sparse=True),
     Problem("dense, feed-forward alone", tuple(FEED_FORWARD)),
+    Problem("one micro-batch, dense, instruction tuning", tuple(EVERYTHING), micro_batches=1),
+    Problem("one micro-batch, dense, feed-forward alone", tuple(FEED_FORWARD), micro_batches=1),
+    Problem("one micro-batch, 4 experts, top 2, MoE tuning", tuple(FEED_FORWARD), is_sparse=True, micro_batches=1),
 )
 
 Step = Callable[[VLM, list[VLMBatch]], Tensor]
@@ -109,7 +113,8 @@ def cases(*, size: str, device: torch.device) -> Iterator[Case]:
         build = partial(build_model, problem, sizes, device)
         with torch.device("meta"):
             model = freeze_except(_build(problem, sizes), list(problem.trainable))
-        batches = draw_step(sizes, num_visual=model.num_visual_tokens, device=device)
+        visual, pieces = model.num_visual_tokens, problem.micro_batches
+        batches = draw_step(sizes, num_visual=visual, micro_batches=pieces, device=device)
         flop = sum(_flop(model, batch) for batch in batches)
         predicted = max(sum(predicted_bytes(model, *_shape(model, batch)).values()) for batch in batches)
         yield Case(
@@ -131,7 +136,9 @@ def cases(*, size: str, device: torch.device) -> Iterator[Case]:
 def contenders(problem: Problem) -> dict[str, Callable[..., Work]]:
     """Ours first; then with one thing off at a time; then who trained LLaVA so far."""
     found: dict[str, Callable[..., Work]] = {"ours": partial(_ours, compile=True)}
-    if problem.name.endswith("alone"):
+    if problem.is_sparse:
+        found["narrow gradients"] = partial(_ours, compile=True, wide_gradients=False)
+    if problem.name.endswith("alone") or problem.micro_batches == 1:
         return found
     found["not compiled"] = partial(_ours)
     if problem.is_sparse:
@@ -147,13 +154,15 @@ def contenders(problem: Problem) -> dict[str, Callable[..., Work]]:
     return found
 
 
-def draw_step(sizes: Sizes, *, num_visual: int, device: torch.device, seed: int = 0) -> list[VLMBatch]:
+def draw_step(
+    sizes: Sizes, *, num_visual: int, device: torch.device, micro_batches: int = 2, seed: int = 0
+) -> list[VLMBatch]:
     """The micro-batches of a step; lengths are skewed to the short as in LLaVA's mixture (a triangular draw)."""
     draw, (shortest, longest) = random.Random(seed), sizes.lengths
     lengths = [
         int(draw.triangular(shortest, longest, shortest + 0.35 * (longest - shortest))) for _ in range(sizes.samples)
     ]
-    parts = [lengths[part :: sizes.micro_batches] for part in range(sizes.micro_batches)]
+    parts = [lengths[part::micro_batches] for part in range(micro_batches)]
     side = sizes.vision_encoder.get("image_size", 336)
     return [_draw_batch(part, num_visual, side, sizes.language_model["vocab_size"], device) for part in parts]
 
@@ -260,8 +269,10 @@ def _reference(build: Callable[..., VLM], batches: list[VLMBatch]) -> dict[str, 
     return _checked(model, total)
 
 
-def _build(problem: Problem, sizes: Sizes, *, moe_kernel: str = "auto", **options: Any) -> VLM:
-    moe = {**MOE, "kernel": moe_kernel} if problem.is_sparse else None
+def _build(
+    problem: Problem, sizes: Sizes, *, moe_kernel: str = "auto", wide_gradients: bool = True, **options: Any
+) -> VLM:
+    moe = {**MOE, "kernel": moe_kernel, "wide_gradients": wide_gradients} if problem.is_sparse else None
     return build_vlm(sizes.vision_encoder, "mlp2x_gelu", sizes.language_model, moe=moe, **options)
 
 

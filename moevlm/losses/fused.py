@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from moevlm.batch import Head
 from moevlm.losses.chunked import row_chunks
 from moevlm.losses.divergences import Divergence
+from moevlm.ops.products import add_product
 
 if TYPE_CHECKING:
     from moevlm.ops.vocabulary_kernels import RowStatistics
@@ -148,7 +149,9 @@ class _FusedRows(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None  # scaled where they lie: a copy of the head's would be as large as the head
         if grads is None:
             raise RuntimeError("a fused loss has one backward pass; set stage.loss_kernel=plain for more")
-        scaled = [None if grad is None else grad.mul_(grad_outputs[0]) for grad in grads.tensors]
+        from moevlm.ops.vocabulary_kernels import scale_in_place
+
+        scaled = [None if grad is None else scale_in_place(grad, grad_outputs[0]) for grad in grads.tensors]
         return (*scaled, None)
 
 
@@ -206,36 +209,6 @@ class _Gradients:
             self.bias += grad_CV.sum(dim=0, dtype=torch.float32)
 
 
-def add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, is_first: bool) -> None:
-    """``sum += left @ right`` where `sum` lies, or ``sum = left @ right``, without a product of its own.
-
-    A float32 sum of bfloat16 factors is one cuBLAS call on a GPU; elsewhere the product exists for a moment.
-    """
-    is_wider = sum_VD.dtype == torch.float32 != left_VC.dtype
-    if sum_VD.dtype == left_VC.dtype or (is_wider and _multiplies_wider(left_VC.device, left_VC.dtype)):
-        options: dict[str, Any] = {"out_dtype": torch.float32} if is_wider else {}
-        if is_first:
-            torch.mm(left_VC, right_CD, **options, out=sum_VD)
-        else:
-            torch.addmm(sum_VD, left_VC, right_CD, **options, out=sum_VD)
-    elif is_first:
-        sum_VD.copy_(torch.mm(left_VC, right_CD))
-    else:
-        sum_VD.add_(torch.mm(left_VC, right_CD))
-
-
-@functools.cache
-def _multiplies_wider(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch multiplies into a float32 tensor of our own here; tried, as versions and devices differ."""
-    factor, out = torch.ones(16, 16, device=device, dtype=dtype), torch.zeros(16, 16, device=device)
-    try:
-        torch.mm(factor, factor, out_dtype=torch.float32, out=out)
-        torch.addmm(out, factor, factor, out_dtype=torch.float32, out=out)
-    except (TypeError, RuntimeError):
-        return False
-    return bool((out == 32).all())
-
-
 def _run(sides: list[_Side], grads: _Gradients, settings: _Settings) -> tuple[Tensor, list[Tensor]]:
     """The weighted sum, and [R] statistics and weights of all rows."""
     from moevlm.ops.vocabulary_kernels import RowStatistics, divergence_statistics, row_statistics, write_gradient
@@ -252,7 +225,7 @@ def _run(sides: list[_Side], grads: _Gradients, settings: _Settings) -> tuple[Te
         weights_C = torch.ones_like(statistics.kl) if settings.weigh is None else settings.weigh(statistics)
         found_D, options = None, _options(settings.divergence)
         if other and not settings.divergence.is_plain_kl:
-            found_D = divergence_statistics(logits_CV, student.squash, *other, **options)
+            found_D = divergence_statistics(logits_CV, student.squash, *other, **options, known=statistics)
         kd_C = statistics.kl if found_D is None else settings.divergence.temperature**2 * found_D.value
         total += settings.kd_weight * (weights_C * kd_C).sum()
         if targets_C is not None and settings.lm_weight:

@@ -7,9 +7,10 @@ kernels of `moevlm.ops.kernels` run; elsewhere, and with `plain=True`, the same 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,10 +53,26 @@ FEW_ROWS = 4096  # a matrix of fewer rows is cut finer, or it would not fill the
 DEPENDENT_LAUNCH = False  # start a kernel while the one before still runs; not verified on a GPU, so off
 
 
-@functools.cache
+@contextlib.contextmanager
+def dependent_launch() -> Iterator[None]:
+    """Switch it on for the kernels started, or captured, inside."""
+    global DEPENDENT_LAUNCH
+    before, DEPENDENT_LAUNCH = DEPENDENT_LAUNCH, True
+    try:
+        yield
+    finally:
+        DEPENDENT_LAUNCH = before
+
+
 def launch_options(device: torch.device) -> dict[str, Any]:
+    """How kernels are started on this device."""
+    return _dependent_options(device) if DEPENDENT_LAUNCH else {"PDL": False}
+
+
+@functools.cache
+def _dependent_options(device: torch.device) -> dict[str, Any]:
     """Programmatic dependent launch, from Hopper on, if this Triton knows it. Asked for once a device."""
-    if not DEPENDENT_LAUNCH or device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return {"PDL": False}
     from triton.backends.nvidia.compiler import CUDAOptions
 

@@ -124,8 +124,10 @@ def swiglu_backward(
     up_grad_RF.copy_(grad * silu)
 
 
-def router_logits(hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """``hidden @ weight.T`` in float32, [T, E]; `weight_ED` is float32."""
+def router_logits(hidden_TD: Tensor, weight_ED: Tensor, rounded_TD: Tensor | None = None) -> Tensor:
+    """``hidden @ weight.T`` in float32, [T, E]; `weight_ED` is float32. Writes the tokens into `rounded_TD` as well."""
+    if rounded_TD is not None:
+        rounded_TD.copy_(hidden_TD)
     return linear(hidden_TD.float(), weight_ED)
 
 

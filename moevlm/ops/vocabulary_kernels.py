@@ -14,10 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from moevlm.ops.kernels.vocabulary import divergence_kernel, gradient_kernel, statistics_kernel
+from moevlm.ops.kernels.vocabulary import divergence_kernel, gradient_kernel, scale_kernel, statistics_kernel
 
 STATISTICS_BLOCK, STATISTICS_WARPS = 4096, 16
 GRADIENT_BLOCK, GRADIENT_WARPS = 4096, 8
+SCALE_BLOCK = 4096
 
 
 class RowStatistics(NamedTuple):
@@ -107,19 +108,24 @@ def divergence_statistics(
     kind: str,
     share: float,
     temperature: float,
+    known: RowStatistics | None = None,
 ) -> DivergenceStatistics:
     """Two passes over the logits of C rows: partition sums at the temperature, then the divergence.
 
     Args:
         kind: of KINDS.
         share: beta of "jsd", the skew of the skewed ones.
+        known: of these rows; at temperature 1 they have the partition sums, and the first pass is left out.
     """
     num_rows, num_common = teacher_logits_CM.shape
     found_FC = torch.zeros(len(DivergenceStatistics._fields), num_rows, dtype=torch.float32, device=logits_CV.device)
+    is_summed = known is not None and temperature == 1.0
     if num_rows:
         divergence_kernel[(num_rows,)](
             logits_CV,
             teacher_logits_CM,
+            found_FC if known is None else known.common_log_z,
+            found_FC if known is None else known.teacher_log_z,
             found_FC,
             num_rows,
             num_common,
@@ -132,6 +138,7 @@ def divergence_statistics(
             1.0 / temperature,
             share,
             KIND=KINDS.index(kind),
+            IS_SUMMED=is_summed,
             CAPPED=squash.cap > 0,
             TEACHER_CAPPED=teacher_squash.cap > 0,
             BLOCK=STATISTICS_BLOCK,
@@ -200,3 +207,12 @@ def write_gradient(
         BLOCK=GRADIENT_BLOCK,
         num_warps=GRADIENT_WARPS,
     )
+
+
+def scale_in_place(values: Tensor, factor: Tensor) -> Tensor:
+    """``values *= factor``, a scalar on the same device; torch reads bfloat16 one by one for a float32 factor."""
+    if not values.is_contiguous():
+        return values.mul_(factor)
+    if values.numel():
+        scale_kernel[(triton.cdiv(values.numel(), SCALE_BLOCK),)](values, factor, values.numel(), BLOCK=SCALE_BLOCK)
+    return values

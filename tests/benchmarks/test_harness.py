@@ -64,6 +64,7 @@ def test_only_measures_what_is_named_and_the_floor() -> None:
     three = [Contender(name, lambda: waiting(0.0, TRUTH["sum"])) for name in ("floor", "one", "two")]
     assert list(measure(*three, floor="floor", only="case/two")) == ["floor", "two"]
     assert list(measure(*three, floor="floor", only="case", skip="two")) == ["floor", "one"]
+    assert list(measure(*three, floor="floor", only="case/one|/two", skip="none|two")) == ["floor", "one"]
 
 
 def test_a_long_step_is_repeated_three_times_at_least() -> None:

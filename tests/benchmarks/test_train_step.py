@@ -30,8 +30,16 @@ def test_a_step_is_drawn_as_described() -> None:
     lengths = [length + 575 for batch in batches for length in batch.lengths]
     assert len(lengths) == sizes.samples == sum(batch.num_images for batch in batches)
     assert all(600 <= length <= 2600 for length in lengths)
-    assert 10_000 < sum(lengths) / sizes.micro_batches < 14_000
+    assert 10_000 < sum(lengths) / len(batches) < 14_000
     assert 0.15 < sum(batch.num_targets for batch in batches) / sum(lengths) < 0.25
+
+
+def test_any_number_of_micro_batches_holds_the_same_sequences() -> None:
+    sizes = SIZES["full"]
+    one, two = (draw_step(sizes, num_visual=576, micro_batches=number, device=torch.device("cpu")) for number in (1, 2))
+    assert (len(one), len(two)) == (1, 2)
+    assert sorted(one[0].lengths) == sorted(length for batch in two for length in batch.lengths)
+    assert one[0].num_targets == sum(batch.num_targets for batch in two)
 
 
 def test_the_prediction_holds_what_a_step_holds() -> None:

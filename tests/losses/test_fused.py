@@ -14,9 +14,11 @@ from moevlm.batch import IGNORE_INDEX, Head
 from moevlm.losses import fused
 from moevlm.losses.distillation import WEIGHTINGS, TokenLosses, token_losses
 from moevlm.losses.divergences import Divergence
-from moevlm.losses.fused import add_product, fused_rows, is_fused
+from moevlm.losses.fused import fused_rows, is_fused
 from moevlm.losses.language_modeling import cross_entropy
 from moevlm.losses.teacher_rows import HeadRows
+from moevlm.ops.products import add_product
+from moevlm.ops.vocabulary_kernels import scale_in_place
 from tests.losses.builders import make_head, make_labels, make_output
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,6 +200,16 @@ def test_a_product_is_added_in_the_sums_own_dtype() -> None:
         torch.testing.assert_close(total.float(), 2 * left.float() @ right.float(), rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_scaled_where_they_lie_as_torch_scales_them(dtype: torch.dtype) -> None:
+    factor = torch.tensor(0.3, device=DEVICE)
+    for values in (torch.randn(3, 2000, device=DEVICE, dtype=dtype), torch.randn(7, 5, device=DEVICE, dtype=dtype).T):
+        expected = values.clone().mul_(factor)
+        assert scale_in_place(values, factor).data_ptr() == values.data_ptr()
+        torch.testing.assert_close(values, expected)
+    assert scale_in_place(torch.zeros(0, 4, device=DEVICE, dtype=dtype), factor).shape == (0, 4)
+
+
 def test_chunks_stay_within_the_memory_given_to_logits(monkeypatch) -> None:
     """The published shape: 152k tokens, bfloat16, two models."""
     for num_rows in (2048, 4096, 100_000):
@@ -225,14 +237,18 @@ from triton.compiler import ASTSource
 from moevlm.ops.kernels import vocabulary
 
 FIXED = {"KIND": 2, "HAS_TEACHER": True, "HAS_TARGETS": True, "SHORTER": True, "BLOCK": 1024}
-for kernel in (vocabulary.statistics_kernel, vocabulary.gradient_kernel, vocabulary.divergence_kernel):
+KERNELS = [vocabulary.statistics_kernel, vocabulary.gradient_kernel, vocabulary.scale_kernel]
+KERNELS = [(kernel, FIXED) for kernel in (*KERNELS, vocabulary.divergence_kernel)]
+KERNELS.append((vocabulary.divergence_kernel, {**FIXED, "IS_SUMMED": False}))
+for kernel, fixed in KERNELS:
     signature = {}
     for name in kernel.arg_names:
         is_size = name.startswith("num_") or name.endswith("stride")
         signature[name] = "constexpr" if name.isupper() else "i32" if is_size else "fp32"
         if name.endswith("_pointer"):
-            signature[name] = {"targets_pointer": "*i64", "student_pointer": "*bf16"}.get(name, "*fp32")
-    fixed = {(place,): FIXED.get(name, True) for place, name in enumerate(kernel.arg_names) if name.isupper()}
+            halves = ("student_pointer", "values_pointer")
+            signature[name] = "*i64" if name == "targets_pointer" else "*bf16" if name in halves else "*fp32"
+    fixed = {(place,): fixed.get(name, True) for place, name in enumerate(kernel.arg_names) if name.isupper()}
     assert "ptx" in compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32)).asm
 """
 

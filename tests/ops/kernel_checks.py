@@ -130,9 +130,12 @@ def check_router(problem: Problem) -> None:
     """Float32 accuracy whatever the dtype of the tokens, with and without a gradient that passes."""
     kernels, grad_TE = triton_steps(), torch.randn(problem.tokens, problem.experts, device=problem.hidden_TD.device)
     exact = {"rtol": 1e-5, "atol": 1e-4}
-    found_TE = kernels.router_logits(problem.hidden_TD, problem.router_ED)
+    rounded_TD = torch.empty_like(problem.hidden_TD, dtype=torch.bfloat16)
+    found_TE = kernels.router_logits(problem.hidden_TD, problem.router_ED, rounded_TD=rounded_TD)
+    assert_close(rounded_TD, problem.hidden_TD.bfloat16(), rtol=1e-2, atol=0)
+    assert torch.equal(found_TE, kernels.router_logits(problem.hidden_TD, problem.router_ED))
     assert_close(found_TE.double(), problem.hidden_TD.double() @ problem.router_ED.double().T, **exact)
-    for passed_TD in (None, problem.hidden_TD):
+    for passed_TD in (None, problem.hidden_TD, rounded_TD):
         arguments = (grad_TE, problem.router_ED, passed_TD, problem.hidden_TD.dtype)
         found_TD, expected_TD = kernels.router_hidden_grad(*arguments), PLAIN.router_hidden_grad(*arguments)
         assert_close(found_TD, expected_TD, **TOLERANCE[problem.hidden_TD.dtype])

@@ -183,6 +183,24 @@ def test_gradients_of_the_router_are_those_of_a_linear_map(uses: tuple[str, ...]
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("uses", [("logits",), ("tokens",), ("logits", "tokens")])
+def test_tokens_rounded_beside_the_logits_are_those_of_a_cast(uses: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(T, D), torch.randn(E, D)
+    results = []
+    for at_once in (True, False):
+        own, router = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logits, tokens = router_logits(own, router, dtype=torch.bfloat16 if at_once else None)
+        tokens = tokens.bfloat16()
+        total = own.sum() * 0 + router.sum() * 0
+        total = total + (logits.square().sum() if "logits" in uses else 0)
+        total = total + (tokens.pow(3).sum() if "tokens" in uses else 0)
+        total.backward()
+        results.append((logits.detach(), tokens.detach(), own.grad, router.grad))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("top_k", [1, 3, E])

@@ -153,18 +153,18 @@ class SparseMoE(nn.Module):
         return mixed_TD.to(hidden_TD.dtype)
 
     def _route_fused(self, hidden_TD: Tensor) -> Tensor:
-        logits_TE, hidden_TD = self.router(hidden_TD, with_tokens=True)
-        routing = self._choose(logits_TE, fused_top_k_routing)
-        self.recorder.record(self.layer_index, routing)
         device_type, scale, dtype = hidden_TD.device.type, self.settings.weight_scale, hidden_TD.dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
+        logits_TE, hidden_TD = self.router(hidden_TD, tokens_dtype=dtype)
+        routing = self._choose(logits_TE, fused_top_k_routing)
+        self.recorder.record(self.layer_index, routing)
         weights_TK = routing.expert_weights if scale == 1.0 else routing.expert_weights * scale
-        experts = SwiGLUExperts(*(self.experts.get_parameter(name).to(dtype) for name in self.experts.projection_names))
+        experts = SwiGLUExperts(*(self.experts.get_parameter(name) for name in self.experts.projection_names))
+        if not self.settings.wide_gradients:
+            experts = SwiGLUExperts(*(weight.to(dtype) for weight in experts))
         with torch.autocast(device_type, enabled=False):
-            return routed_swiglu(
-                hidden_TD.to(dtype), routing.expert_ids, weights_TK, experts, dropped_TK=routing.dropped
-            )
+            return routed_swiglu(hidden_TD, routing.expert_ids, weights_TK, experts, dropped_TK=routing.dropped)
 
     def _choose(self, router_logits_TE: Tensor, choose: Callable[..., Routing] = top_k_routing) -> Routing:
         settings, bias_E = self.settings, self.router.selection_bias

@@ -62,14 +62,14 @@ class Router(nn.Module):
     def num_experts(self) -> int:
         return self.weight.shape[0]
 
-    def forward(self, hidden_TD: Tensor, *, with_tokens: bool = False) -> Any:
-        """[T, E] float32 logits; `with_tokens` also the tokens for the experts, see `moevlm.ops.fused_router`."""
+    def forward(self, hidden_TD: Tensor, *, tokens_dtype: torch.dtype | None = None) -> Any:
+        """[T, E] float32 logits; with a dtype also the tokens for the experts in it, see `moevlm.ops.fused_router`."""
         is_exact = self.random_generator is None and not (self.jitter > 0 and self.training)
-        if with_tokens and is_exact:
+        if tokens_dtype is not None and is_exact:
             with torch.autocast(device_type=hidden_TD.device.type, enabled=False):
-                return router_logits(hidden_TD, self.weight.float())
+                return router_logits(hidden_TD, self.weight.float(), dtype=tokens_dtype)
         logits_TE = self._logits(hidden_TD)
-        return (logits_TE, hidden_TD) if with_tokens else logits_TE
+        return logits_TE if tokens_dtype is None else (logits_TE, hidden_TD.to(tokens_dtype))
 
     def _logits(self, hidden_TD: Tensor) -> Tensor:
         hidden_TD = hidden_TD.float()

@@ -17,8 +17,9 @@ SPLIT_TOKENS = 256  # tokens of one partial sum of the weight's gradient
 
 @triton.jit
 def _logits(
-    hidden_ptr, weight_ptr, out_ptr, num_tokens, width, num_experts, T: tl.constexpr, W: tl.constexpr, E: tl.constexpr
-):
+    hidden_ptr, weight_ptr, out_ptr, rounded_ptr, num_tokens, width, num_experts,
+    ROUNDS: tl.constexpr, T: tl.constexpr, W: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
     tokens = tl.program_id(0) * T + tl.arange(0, T)
     experts = tl.arange(0, E)
     total = tl.zeros((T, E), dtype=tl.float32)
@@ -27,6 +28,8 @@ def _logits(
         known = (tokens < num_tokens)[:, None] & (columns < width)[None, :]
         places = tokens[:, None].to(tl.int64) * width + columns[None, :]
         hidden = tl.load(hidden_ptr + places, mask=known, other=0.0).to(tl.float32)
+        if ROUNDS:
+            tl.store(rounded_ptr + places, hidden.to(rounded_ptr.dtype.element_ty), mask=known)
         places = experts[None, :] * width + columns[:, None]
         known = (experts < num_experts)[None, :] & (columns < width)[:, None]
         weight = tl.load(weight_ptr + places, mask=known, other=0.0)
@@ -79,14 +82,18 @@ def _weight_grad(
     tl.store(partial_ptr + places, total, mask=(experts < num_experts)[:, None] & (columns < width)[None, :])
 
 
-def router_logits(hidden_TD: Tensor, weight_ED: Tensor) -> Tensor:
+def router_logits(hidden_TD: Tensor, weight_ED: Tensor, rounded_TD: Tensor | None = None) -> Tensor:
     """See `moevlm.ops.plain_steps.router_logits`."""
     num_tokens, num_experts, width = *hidden_TD.shape[:1], *weight_ED.shape
     out_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=hidden_TD.device)
     if num_tokens:
         tile = {"T": TOKENS, "W": COLUMNS, "E": _padded(num_experts)}
         grid = (triton.cdiv(num_tokens, TOKENS),)
-        _logits[grid](hidden_TD, weight_ED, out_TE, num_tokens, width, num_experts, **tile)
+        rounded = out_TE if rounded_TD is None else rounded_TD
+        _logits[grid](
+            hidden_TD, weight_ED, out_TE, rounded, num_tokens, width, num_experts,
+            ROUNDS=rounded_TD is not None, **tile,
+        )  # fmt: skip
     return out_TE
 
 

@@ -206,6 +206,8 @@ def gradient_kernel(
 def divergence_kernel(
     student_pointer,
     teacher_pointer,
+    log_z_pointer,
+    teacher_z_pointer,
     found_pointer,
     num_rows,
     num_common,
@@ -218,6 +220,7 @@ def divergence_kernel(
     coldness,
     share,
     KIND: tl.constexpr,
+    IS_SUMMED: tl.constexpr,
     CAPPED: tl.constexpr,
     TEACHER_CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -226,26 +229,30 @@ def divergence_kernel(
     student_row = student_pointer + row * student_stride
     teacher_row = teacher_pointer + row * teacher_stride
     lanes = tl.arange(0, BLOCK)
-    highest = -1.0e30
-    t_highest = -1.0e30
-    sums = tl.zeros([BLOCK], tl.float32)
-    t_sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, num_common, BLOCK):
-        columns = start + lanes
-        inside = columns < num_common
-        raw = tl.load(student_row + columns, mask=inside, other=0.0)
-        t_raw = tl.load(teacher_row + columns, mask=inside, other=0.0)
-        logits = tl.where(inside, squashed(raw, scale, cap, CAPPED) * coldness, -1.0e30)
-        t_logits = squashed(t_raw, teacher_scale, teacher_cap, TEACHER_CAPPED) * coldness
-        t_logits = tl.where(inside, t_logits, -1.0e30)
-        higher = tl.maximum(highest, tl.max(logits, 0))
-        t_higher = tl.maximum(t_highest, tl.max(t_logits, 0))
-        sums = sums * tl.exp(highest - higher) + tl.where(inside, tl.exp(logits - higher), 0.0)
-        t_sums = t_sums * tl.exp(t_highest - t_higher) + tl.where(inside, tl.exp(t_logits - t_higher), 0.0)
-        highest = higher
-        t_highest = t_higher
-    log_z = highest + tl.log(tl.sum(sums, 0))
-    t_log_z = t_highest + tl.log(tl.sum(t_sums, 0))
+    if IS_SUMMED:
+        log_z = tl.load(log_z_pointer + row)
+        t_log_z = tl.load(teacher_z_pointer + row)
+    else:
+        highest = -1.0e30
+        t_highest = -1.0e30
+        sums = tl.zeros([BLOCK], tl.float32)
+        t_sums = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, num_common, BLOCK):
+            columns = start + lanes
+            inside = columns < num_common
+            raw = tl.load(student_row + columns, mask=inside, other=0.0)
+            t_raw = tl.load(teacher_row + columns, mask=inside, other=0.0)
+            logits = tl.where(inside, squashed(raw, scale, cap, CAPPED) * coldness, -1.0e30)
+            t_logits = squashed(t_raw, teacher_scale, teacher_cap, TEACHER_CAPPED) * coldness
+            t_logits = tl.where(inside, t_logits, -1.0e30)
+            higher = tl.maximum(highest, tl.max(logits, 0))
+            t_higher = tl.maximum(t_highest, tl.max(t_logits, 0))
+            sums = sums * tl.exp(highest - higher) + tl.where(inside, tl.exp(logits - higher), 0.0)
+            t_sums = t_sums * tl.exp(t_highest - t_higher) + tl.where(inside, tl.exp(t_logits - t_higher), 0.0)
+            highest = higher
+            t_highest = t_higher
+        log_z = highest + tl.log(tl.sum(sums, 0))
+        t_log_z = t_highest + tl.log(tl.sum(t_sums, 0))
     values = tl.zeros([BLOCK], tl.float32)
     slopes = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_common, BLOCK):
@@ -262,3 +269,11 @@ def divergence_kernel(
     tl.store(found_pointer + num_rows + row, t_log_z)
     tl.store(found_pointer + 2 * num_rows + row, tl.sum(values, 0))
     tl.store(found_pointer + 3 * num_rows + row, tl.sum(slopes, 0))
+
+
+@triton.jit
+def scale_kernel(values_pointer, factor_pointer, num_values, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(values_pointer + places, mask=places < num_values, other=0.0)
+    scaled = values.to(tl.float32) * tl.load(factor_pointer).to(tl.float32)
+    tl.store(values_pointer + places, scaled.to(values.dtype), mask=places < num_values)
