@@ -13,7 +13,7 @@ ANYRES = "anyres_"
 SPLICE = "+"
 """Joins two parts: ``mlp2x_gelu@3584+linear`` is one to 3584, a teacher's width, and a linear map behind it."""
 
-CONNECTORS = ("linear", "mlp2x_gelu", "pool_mlp2x_gelu")
+CONNECTORS = ("linear", "mlp2x_gelu", "norm_mlp2x_gelu", "pool_mlp2x_gelu")
 
 
 class Connector(nn.Module):
@@ -72,6 +72,9 @@ class Connector(nn.Module):
 def build_connector(kind: str, in_width: int, out_width: int, num_tokens: int) -> Connector:
     """A connector by name, as in LLaVA (arXiv:2310.03744): linear, mlp2x_gelu, pool_mlp2x_gelu.
 
+    ``norm_mlp2x_gelu`` has a layer norm in front, as InternVL's (arXiv:2312.14238): features before an encoder's last
+    norm have directions of very unequal size.
+
     Args:
         kind: one of `CONNECTORS`, for images of any resolution behind ``anyres_``; or two, see `SPLICE`.
         in_width: width of the vision encoder.
@@ -109,4 +112,5 @@ def _parse(kind: str) -> tuple[str, str | None, int]:
 def _layers(kind: str, in_width: int, out_width: int) -> nn.Sequential:
     if kind == "linear":
         return nn.Sequential(nn.Linear(in_width, out_width))
-    return nn.Sequential(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
+    norm = [nn.LayerNorm(in_width)] if kind.startswith("norm_") else []
+    return nn.Sequential(*norm, nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))

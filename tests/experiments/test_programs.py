@@ -123,7 +123,10 @@ def break_tar(shards: Path) -> Path:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("model.connector=nope", "unknown connector 'nope'; known: linear, mlp2x_gelu, pool_mlp2x_gelu, or anyres_"),
+        (
+            "model.connector=nope",
+            "unknown connector 'nope'; known: linear, mlp2x_gelu, norm_mlp2x_gelu, pool_mlp2x_gelu, or anyres_",
+        ),
         ("+data.reader=nope", "reader must be one of indexed, streaming, got 'nope'; set data.reader"),
         ("+data.colour=red", "unexpected keyword argument 'colour'; check data"),
         ("num_steps=many", "; check data"),

@@ -5,7 +5,9 @@ from torch import nn
 from moevlm.models.connector import build_connector
 
 
-@pytest.mark.parametrize(("kind", "num_tokens"), [("linear", 16), ("mlp2x_gelu", 16), ("pool_mlp2x_gelu", 4)])
+@pytest.mark.parametrize(
+    ("kind", "num_tokens"), [("linear", 16), ("mlp2x_gelu", 16), ("norm_mlp2x_gelu", 16), ("pool_mlp2x_gelu", 4)]
+)
 def test_shapes_are_as_announced(kind, num_tokens):
     connector = build_connector(kind, 6, 10, 16)
     assert connector(torch.randn(3, 16, 6)).shape == (3, connector.num_tokens, 10) == (3, num_tokens, 10)
@@ -19,6 +21,11 @@ def test_pooling_averages_two_by_two_neighbours_of_the_grid():
     torch.testing.assert_close(connector(features), connector.layers(pooled))
 
 
+def test_a_normed_connector_does_not_see_the_scale_of_the_features():
+    connector, features = build_connector("norm_mlp2x_gelu", 6, 10, 16), torch.randn(2, 16, 6)
+    torch.testing.assert_close(connector(features), connector(7 * features + 3), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("num_tokens", [17, 9, 12])
 def test_a_grid_that_cannot_be_pooled_is_refused(num_tokens):
     with pytest.raises(ValueError, match=f"square grid with an even side, got {num_tokens} tokens"):
@@ -26,7 +33,9 @@ def test_a_grid_that_cannot_be_pooled_is_refused(num_tokens):
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown connector 'qformer'; known: linear, mlp2x_gelu, pool_mlp2x_gelu"):
+    with pytest.raises(
+        ValueError, match="unknown connector 'qformer'; known: linear, mlp2x_gelu, norm_mlp2x_gelu, pool_mlp2x_gelu"
+    ):
         build_connector("qformer", 3, 5, 16)
 
 
