@@ -24,7 +24,7 @@ from moevlm.world.scenes import Scene, iterate_scenes, scene_from_record, scene_
 from moevlm.world.texts.probes import NEGATIVES
 from moevlm.world.training_sets import InstructionMix, caption_records, instruction_records, preference_records
 
-WORLD_VERSION = 1  # raise it when the same arguments give other bytes
+WORLD_VERSION = 2  # raise it when the same arguments give other bytes
 IMAGE_OPTIONS: dict[str, dict[str, Any]] = {"png": {"compress_level": 3}, "jpg": {"quality": 95, "subsampling": 0}}
 
 Progress = Callable[[str, int, int], None]  # (file or split, done, total)

@@ -24,8 +24,31 @@ def test_faithful_texts_mention_exactly_what_is_there(scenes):
 
 def test_relation_sentences_mention_only_what_is_there(scenes):
     for scene in scenes:
-        text = " ".join(relation_sentences(scene, random.Random(1), 3))
+        text = " ".join(relation_sentences(scene, random.Random(1), 3, scene.objects))
         assert set(mentioned_categories(text)) <= set(categories(scene))
+
+
+def test_both_sides_of_a_pair_have_as_many_sentences(scenes):
+    prior, rng = count_cooccurrence(scenes), random.Random(3)
+    counts = set()
+    for scene in scenes:
+        pair = draw_description_pair(scene, prior, rng)
+        assert pair.chosen.count(".") == pair.rejected.count(".")
+        assert pair.chosen != pair.rejected
+        counts.add(pair.chosen.count(".") - 1 - len(scene.objects))
+    assert counts == {0, 1, 2}
+
+
+def test_a_mistaken_object_keeps_all_but_its_category(scenes):
+    prior, rng = count_cooccurrence(scenes), random.Random(4)
+    pairs = [draw_description_pair(scene, prior, rng) for scene in scenes]
+    mistaken = [pair for pair in pairs if pair.flaw == "mistaken"]
+    assert mistaken
+    for pair in mistaken:
+        chosen, rejected = pair.chosen.split(), pair.rejected.split()
+        different = {word.strip(".") for a, b in zip(chosen, rejected, strict=True) if a != b for word in (a, b)}
+        assert different - set(v.CATEGORIES) <= {"a", "an", "A", "An"}
+        assert pair.hallucinated in different
 
 
 def test_rejected_descriptions_mention_the_hallucinated_category(scenes):
@@ -50,8 +73,8 @@ def test_chosen_and_rejected_are_about_as_long(scenes):
 
 def test_hallucinations_follow_the_prior(scenes):
     prior, rng = count_cooccurrence(scenes), random.Random(0)
-    pairs = [(scene, draw_description_pair(scene, prior, rng).hallucinated) for scene in scenes]
-    told = [(scene, h) for scene, h in pairs if h]
+    pairs = [(scene, draw_description_pair(scene, prior, rng)) for scene in scenes]
+    told = [(scene, pair.hallucinated) for scene, pair in pairs if pair.flaw == "swapped"]
     partner = sum(v.PARTNERS[h] in categories(scene) for scene, h in told) / len(told)
     assert partner > 0.25  # an even choice among the absent categories would give 0.09
 

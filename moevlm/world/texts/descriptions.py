@@ -82,10 +82,10 @@ def object_turns(scene: Scene, rng: random.Random, count: int) -> list[tuple[str
     ]
 
 
-def relation_sentences(scene: Scene, rng: random.Random, count: int) -> list[str]:
-    """Up to ``count`` true sentences on where objects are relative to each other."""
+def relation_sentences(scene: Scene, rng: random.Random, count: int, among: Sequence[SceneObject]) -> list[str]:
+    """Up to ``count`` true sentences on where the objects ``among`` those of the scene are relative to each other."""
     words = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
-    named = references(scene)
+    named = [(item, name) for item, name in references(scene) if item in among]
     pairs = [(a, b) for i, a in enumerate(named) for b in named[i + 1 :]]
     sentences = []
     for (a, a_name), (b, b_name) in rng.sample(pairs, min(count, len(pairs))):

@@ -1,7 +1,6 @@
 """Preference pairs: a faithful description against one that tells what the prior expects, else alike."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +10,11 @@ from moevlm.world.ground_truth import categories
 from moevlm.world.scenes import Scene, SceneObject
 from moevlm.world.texts.descriptions import describe_objects, relation_sentences
 
-# swapped: an object is replaced by an absent, co-occurring one elsewhere; added: such an object is told on top, where
-# the faithful text tells true relations; attribute: colour, texture or size of one object is wrong.
-FLAW_SHARES = {"swapped": 0.45, "added": 0.35, "attribute": 0.2}
+# swapped: an object is replaced by an absent, co-occurring one elsewhere; mistaken: one is told as an absent category,
+# all else being true; attribute: colour, texture or size of one is wrong. Both sides of a pair have as many sentences, in
+# the same wordings, or a policy learns a length instead.
+FLAW_SHARES = {"swapped": 0.4, "mistaken": 0.4, "attribute": 0.2}
+RELATIONS_FRACTION = 0.35  # of the pairs that end, on both sides, in sentences on where objects are to each other
 PLAUSIBLE_WEIGHTS = (3, 2, 1)  # of the categories that co-occur most with what is there, the most plausible first
 
 
@@ -30,24 +31,24 @@ class DescriptionPair:
 def draw_description_pair(scene: Scene, prior: CoOccurrence, rng: random.Random) -> DescriptionPair:
     """Draw a pair; ``prior`` holds the statistics that say what is plausible."""
     flaw = rng.choices(list(FLAW_SHARES), list(FLAW_SHARES.values()))[0]
-    if flaw == "added" and len(scene.objects) == v.MAX_OBJECTS:
-        flaw = "swapped"
-    wording = rng.random()
-    chosen = describe_objects(scene.objects, random.Random(wording))
-    if flaw == "attribute":
-        index = rng.randrange(len(scene.objects))
-        wrong = _replace_at(scene.objects, index, _with_wrong_attribute(scene.objects[index], rng))
-        return DescriptionPair(chosen, describe_objects(wrong, random.Random(wording)), flaw, None)
+    index, hallucinated = rng.randrange(len(scene.objects)), None
     absent = [c for c in v.CATEGORIES if c not in categories(scene)]
-    plausible = prior.most_cooccurring(categories(scene), absent)[: len(PLAUSIBLE_WEIGHTS)]
-    category = rng.choices(plausible, PLAUSIBLE_WEIGHTS)[0]
-    imagined = _imagine(scene, category, rng)
-    if flaw == "swapped":
-        told = _replace_at(scene.objects, rng.randrange(len(scene.objects)), imagined)
+    if flaw == "attribute":
+        wrong = _with_wrong_attribute(scene.objects[index], rng)
+    elif flaw == "mistaken":
+        hallucinated = rng.choice(absent)
+        wrong = replace(scene.objects[index], category=hallucinated)
     else:
-        told = (*scene.objects, imagined)
-        chosen = " ".join([chosen, *relation_sentences(scene, rng, rng.randint(1, 2))])
-    return DescriptionPair(chosen, describe_objects(told, random.Random(wording)), flaw, category)
+        plausible = prior.most_cooccurring(categories(scene), absent)[: len(PLAUSIBLE_WEIGHTS)]
+        hallucinated = rng.choices(plausible, PLAUSIBLE_WEIGHTS)[0]
+        wrong = _imagine(scene, hallucinated, rng)
+    wording = rng.random()
+    true_of_both = [o for number, o in enumerate(scene.objects) if number != index]
+    count = rng.randint(1, 2) if rng.random() < RELATIONS_FRACTION else 0
+    relations = relation_sentences(scene, rng, count, among=true_of_both)
+    sides = [scene.objects, (*scene.objects[:index], wrong, *scene.objects[index + 1 :])]
+    chosen, rejected = (" ".join([describe_objects(o, random.Random(wording)), *relations]) for o in sides)
+    return DescriptionPair(chosen, rejected, flaw, hallucinated)
 
 
 def _imagine(scene: Scene, category: str, rng: random.Random) -> SceneObject:
@@ -69,7 +70,3 @@ def _with_wrong_attribute(item: SceneObject, rng: random.Random) -> SceneObject:
     attribute = rng.choice(list(choices))
     changed: dict[str, Any] = {attribute: rng.choice([x for x in choices[attribute] if x != getattr(item, attribute)])}
     return replace(item, **changed)
-
-
-def _replace_at(objects: Sequence[SceneObject], index: int, item: SceneObject) -> tuple[SceneObject, ...]:
-    return (*objects[:index], item, *objects[index + 1 :])
