@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def stage_table(summaries: Sequence[Summary]) -> str:
 def score_table(summaries: Sequence[Summary]) -> str:
     """What `SCORES` names, of every model that was evaluated."""
     rows = []
-    for name in [*summaries[0]["eval"]]:
+    for name in sorted(summaries[0]["eval"], key=_place_in(summaries[0])):
         of_seeds = [summary["eval"][name] for summary in summaries]
         found = [[scores.get(benchmark, {}).get(metric) for scores in of_seeds] for _, benchmark, metric in SCORES]
         rows.append([name, *(spread(values, 1 if key[0] == "words" else 3) for values, key in zip(found, SCORES))])
@@ -95,17 +95,20 @@ def score_table(summaries: Sequence[Summary]) -> str:
 
 
 def comparison_table(folders: Sequence[Path], summaries: Sequence[Summary]) -> str:
-    """Differences in VQA accuracy on the same questions, each seed's and of all with their 95 % interval."""
+    """Differences in the share of right answers to the same VQA questions, whose kinds are not balanced."""
     rows = []
-    for pair, first in summaries[0].get("comparisons", {}).items():
+    compared, place = summaries[0].get("comparisons", {}), _place_in(summaries[0])
+    for pair in sorted(compared, key=lambda pair: place(pair.split(" - ")[0])):
         model_a, model_b = pair.split(" - ")
         files = [[folder / "eval" / name / "answers/vqa.jsonl" for name in (model_a, model_b)] for folder in folders]
         pooled = compare_answers_of_seeds([(a, b) for a, b in files])
         each = ", ".join(f"{100 * summary['comparisons'][pair]['difference']:+.1f}" for summary in summaries)
         interval = f"{100 * pooled.low:+.1f} to {100 * pooled.high:+.1f}"
         mark = "yes" if pooled.excludes_zero else "no"
-        rows.append([pair, f"{100 * pooled.difference:+.1f}", interval, mark, each, str(first["num_rows"])])
-    return table(["VQA, points", "difference", "95 % over questions", "excludes 0", "by seed", "questions"], rows)
+        rows.append([pair, f"{100 * pooled.difference:+.1f}", interval, mark, each, str(compared[pair]["num_rows"])])
+    return table(
+        ["right answers, VQA, points", "difference", "95 % over questions", "excludes 0", "by seed", "questions"], rows
+    )
 
 
 def weight_table(folders: Sequence[Path], summaries: Sequence[Summary]) -> str:
@@ -121,8 +124,9 @@ def weight_table(folders: Sequence[Path], summaries: Sequence[Summary]) -> str:
 def forgetting_table(summaries: Sequence[Summary]) -> str:
     """Losses of each domain before and after each stage, and the change; positive is forgotten."""
     rows, domains = [], []
-    for name, of_domains in summaries[0].get("forgetting", {}).items():
-        domains = list(of_domains)
+    report = summaries[0].get("forgetting", {})
+    for name in sorted(report, key=_place_in(summaries[0])):
+        domains = list(report[name])
         cells = []
         for domain in domains:
             of_seeds = [summary["forgetting"][name][domain] for summary in summaries]
@@ -148,6 +152,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return ""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _place_in(summary: Summary) -> Callable[[str], int]:
+    """Where a name stands in the chain, of which a summary's mappings know nothing; others come last."""
+    places = {name: place for place, name in enumerate(_names(summary))}
+    return lambda name: places.get(name, len(places))
 
 
 def _names(summary: Summary) -> list[str]:

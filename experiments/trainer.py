@@ -51,7 +51,7 @@ def fit(cfg: DictConfig, run_folder: Path) -> dict[str, Any]:
         "status": "finished",
         "steps": trainer.global_step,
         "seconds": round(timer.time_elapsed("train"), 1),
-        "peak_memory_gib": round(peak_memory_gib(stage.device), 3),
+        "peak_memory_gib": round(peak_memory_gib(trainer.strategy.root_device), 3),
         "loss_first": read_json(before)["val/loss"],
         "loss_last": validated[0]["val/loss"],
         "checkpoint": str(newest_checkpoint(run_folder / "checkpoints")),
