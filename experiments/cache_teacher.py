@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from experiments.instantiate import build, plain
 from experiments.program import program
+from experiments.run_folder import one_at_a_time
 from moevlm.data.teacher_cache import has_cache
 from moevlm.evaluation.evaluate import choose_device
 from moevlm.evaluation.teacher_caching import CacheRequest, fill_cache
@@ -26,11 +27,15 @@ def fill_caches(cfg: DictConfig, *, only: str | None = None) -> int:
         How many were asked for.
     """
     requests = [request for request in build(cfg.data).cache_requests() if only in (None, request.key.kind)]
+    settings = cfg.cache
     for request in requests:
-        if has_cache(request.shards, request.key):
-            print(f"{request.key.folder(request.shards)} is there")
-        else:
-            _fill(request, cfg)
+        folder = request.key.folder(request.shards)
+        # seeds that train at the same time ask for the same cache: one writes it, the others wait
+        with one_at_a_time(folder / f".part_{settings.part}_of_{settings.num_parts}.lock"):
+            if has_cache(request.shards, request.key):
+                print(f"{folder} is there")
+            else:
+                _fill(request, cfg)
     return len(requests)
 
 

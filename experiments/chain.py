@@ -26,12 +26,17 @@ def run_stages(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     results = {}
     for number, stage in enumerate(settings["stages"], start=1):
         print(f"[{number}/{len(settings['stages'])}] {stage['name']}", flush=True)
-        results[stage["name"]] = _run(stage, settings, root / stage["name"])
+        results[stage["name"]] = run_stage(stage, settings, root / stage["name"])
         gc.collect()
     return results
 
 
-def _run(stage: dict[str, Any], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run_stage(stage: dict[str, Any], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run one stage whose needs are done; called while a Hydra is open.
+
+    Returns:
+        Its ``result.json``.
+    """
     program = stage.get("program", "train")
     overrides = stage_overrides(settings, stage) if program in ("train", "cache_teacher") else []
     if program != "train":
@@ -52,7 +57,7 @@ def compose_stage(name: str, config_name: str, overrides: list[str]) -> DictConf
 
 
 def check_chain(stages: list[dict[str, Any]]) -> None:
-    """Every start must stand before its stage, and names must differ."""
+    """What a stage needs must stand before it, and names must differ."""
     seen: list[str] = []
     for stage in stages:
         if stage["name"] in seen:
@@ -61,6 +66,11 @@ def check_chain(stages: list[dict[str, Any]]) -> None:
             raise ValueError(
                 f"stage {stage['name']!r} starts from {stage['start']!r}, which is none of the stages before it: {seen}"
             )
+        for name in stage.get("after", []):
+            if name not in seen:
+                raise ValueError(
+                    f"stage {stage['name']!r} runs after {name!r}, which is none of the stages before it: {seen}"
+                )
         if stage.get("program", "train") not in PROGRAMS:
             raise ValueError(
                 f"stage {stage['name']!r} has program {stage['program']!r}; known: {', '.join(PROGRAMS)}; "
@@ -85,3 +95,13 @@ def stage_overrides(settings: dict[str, Any], stage: dict[str, Any]) -> list[str
     if settings["num_steps"] is not None:
         overrides.append(f"num_steps={settings['num_steps']}")
     return overrides
+
+
+def needs_of(stage: dict[str, Any], settings: dict[str, Any]) -> set[str]:
+    """The stages that must be done before `stage`: its start, those of its ``after``, and those whose folders its
+    overrides name."""
+    root = f"{settings['output_root']}/{settings['name']}"
+    text = "\n".join(stage.get("overrides", []))
+    named = {other["name"] for other in settings["stages"] if f"{root}/{other['name']}/" in text}
+    started = {stage["start"]} if stage.get("start") is not None else set()
+    return (named | started | set(stage.get("after", []))) - {stage["name"]}

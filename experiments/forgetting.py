@@ -27,14 +27,10 @@ def forgetting_chain(settings: Mapping[str, Any], root: Path) -> Report:
     chosen = settings["forgetting"]
     if chosen is None:
         return {}
-    options = {key: value for key, value in chosen.items() if key not in ("domains", "before")}
     report: Report = {}
-    for stage in settings["stages"]:
-        before = chosen.get("before", {}).get(stage["name"], stage.get("start"))
-        if before is None or stage.get("program", "train") != "train":
-            continue
-        pair = [_losses(root / name, chosen["domains"], options) for name in (before, stage["name"])]
-        report[stage["name"]] = {
+    for name, before in pairs_of(settings).items():
+        pair = [run_losses(root / run, chosen) for run in (before, name)]
+        report[name] = {
             domain: {"before": pair[0][domain], "after": pair[1][domain], "change": pair[1][domain] - pair[0][domain]}
             for domain in chosen["domains"]
         }
@@ -42,7 +38,24 @@ def forgetting_chain(settings: Mapping[str, Any], root: Path) -> Report:
     return report
 
 
-def _losses(run: Path, domains: Mapping[str, str], options: Mapping[str, Any]) -> dict[str, float]:
+def pairs_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Stages that the report compares, each with the one it is compared with."""
+    if settings["forgetting"] is None:
+        return {}
+    given = settings["forgetting"].get("before", {})
+    trained = [stage for stage in settings["stages"] if stage.get("program", "train") == "train"]
+    found = {stage["name"]: given.get(stage["name"], stage.get("start")) for stage in trained}
+    return {name: before for name, before in found.items() if before is not None}
+
+
+def run_losses(run: Path, chosen: Mapping[str, Any]) -> dict[str, float]:
+    """Losses of a run's model in the domains of `chosen`, computed once.
+
+    Args:
+        chosen: the pipeline's ``forgetting``.
+    """
+    domains = chosen["domains"]
+    options = {key: value for key, value in chosen.items() if key not in ("domains", "before")}
     asked = {"domains": dict(domains), "modified": (run / "model" / "config.json").stat().st_mtime, **options}
     stored = read_json(run / "domain_losses.json")
     if stored.get("asked") != asked:

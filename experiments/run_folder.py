@@ -113,6 +113,16 @@ def sole_writer(folder: Path, *, wait_seconds: float = 60.0) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def one_at_a_time(file: Path) -> Iterator[None]:
+    """Wait until no other process of this machine is between here and the end of the block; `file` holds the lock."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as stream:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 def prepare_resume(folder: Path) -> Path | None:
     """What a run goes on from; for the one process that may write to its folder.
 

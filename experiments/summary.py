@@ -38,21 +38,30 @@ def evaluate_chain(settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
     evaluate = settings["evaluate"]
     if evaluate is None:
         return {"eval": {}, "chance": {}}
-    options = {key: value for key, value in evaluate.items() if key not in CHAIN_KEYS}
+    chosen = evaluations(settings, root)
     scores: dict[str, Scores] = {}
-    models = {name: str(root / name / "model") for name in evaluate["models"]} | evaluate.get("folders", {})
-    for name, folder in models.items():
-        scores[name] = evaluate_model(folder, root / "eval" / name, settings["data_root"], options)
-    if evaluate.get("random_routing"):
-        name = evaluate["random_routing"]
-        target = root / "eval" / f"{name}_random_routing"
-        random_options = {**options, "routing": "random"}
-        scores[target.name] = evaluate_model(models[name], target, settings["data_root"], random_options)
-    first = next(iter(models))
+    for name, (model, _, options) in chosen.items():
+        scores[name] = evaluate_model(model, root / "eval" / name, settings["data_root"], options)
+    first = next(iter(chosen))
     chance = chance_scores(root / "eval" / first / "answers")
     if evaluate.get("blind") is not None:
         chance = higher_chance(chance, scores[evaluate["blind"]])
     return {"eval": scores, "chance": chance, "comparisons": compare_chain(evaluate.get("compare", []), root)}
+
+
+def evaluations(settings: Mapping[str, Any], root: Path) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """What ``evaluate`` asks for: name -> model folder, the stage or entry of ``evaluate.folders`` that it is of, and
+    the options of `evaluate_folder`."""
+    evaluate = settings["evaluate"]
+    if evaluate is None:
+        return {}
+    options = {key: value for key, value in evaluate.items() if key not in CHAIN_KEYS}
+    models = {name: str(root / name / "model") for name in evaluate["models"]} | evaluate.get("folders", {})
+    found = {name: (model, name, options) for name, model in models.items()}
+    if evaluate.get("random_routing"):
+        name = evaluate["random_routing"]
+        found[f"{name}_random_routing"] = (models[name], name, {**options, "routing": "random"})
+    return found
 
 
 def evaluate_model(model: str, target: Path, data_folder: str, options: Mapping[str, Any]) -> Scores:

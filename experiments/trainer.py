@@ -15,6 +15,7 @@ from datamodules.teacher_view import check_same_ids
 from experiments.instantiate import build
 from experiments.run_folder import newest_checkpoint, read_json, write_json
 from experiments.tracking import identity
+from lightning_modules.callbacks.throughput_monitor import peak_memory_gib, restart_peak_memory
 from lightning_modules.checkpoint_files import read_manifest, step_of
 from lightning_modules.checkpoint_io import FolderCheckpointIO
 from lightning_modules.loggers import JsonlLogger
@@ -24,8 +25,10 @@ def fit(cfg: DictConfig, run_folder: Path) -> dict[str, Any]:
     """Train from the newest checkpoint, or from the start; what every rank of a run does.
 
     Returns:
-        The content of ``result.json``: status, steps, seconds, loss_first, loss_last, checkpoint, model.
+        The content of ``result.json``: status, steps, seconds, peak_memory_gib, loss_first, loss_last, checkpoint,
+        model.
     """
+    restart_peak_memory()  # of this run, not of one before it in this process
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     timer = Timer()  # its elapsed time is part of every checkpoint
     stage, datamodule, trainer = build(cfg.stage), build(cfg.data), build_trainer(cfg, run_folder, timer)
@@ -48,6 +51,7 @@ def fit(cfg: DictConfig, run_folder: Path) -> dict[str, Any]:
         "status": "finished",
         "steps": trainer.global_step,
         "seconds": round(timer.time_elapsed("train"), 1),
+        "peak_memory_gib": round(peak_memory_gib(trainer.strategy.root_device), 3),
         "loss_first": read_json(before)["val/loss"],
         "loss_last": validated[0]["val/loss"],
         "checkpoint": str(newest_checkpoint(run_folder / "checkpoints")),

@@ -6,22 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Unpack
 
 from lightning_modules.base import ROUTER_LOSSES, VLMStage
-from lightning_modules.distillation_terms import (
-    TERM_WEIGHTS,
-    DistillationTerms,
-    TermSettings,
-    build_projections,
-)
-from lightning_modules.mimic_passes import TokenSettings, cached_teacher_rows, span_pass, token_pass
-from lightning_modules.objective import Objective, Weight, step_seed
+from lightning_modules.distillation_terms import TERM_WEIGHTS, DistillationTerms, TermSettings, build_projections
+from lightning_modules.mimic_passes import MimicPasses
+from lightning_modules.mimic_settings import MimicSettings, split_settings
+from lightning_modules.objective import Objective, Weight
 from lightning_modules.on_policy import OnPolicy
-from lightning_modules.stage import BUILDERS, MakeOptimizer, MakeScheduler, VLMStageSettings
+from lightning_modules.stage import BUILDERS, MakeOptimizer, MakeScheduler
 from lightning_modules.teachers import TeacherOptions, join_objectives, name_teachers, split_by_teacher
 from moevlm.batch import DEFAULT_VIEW, VLMBatch, VLMOutput, VocabularyMatch
-from moevlm.losses.divergences import Divergence
 from moevlm.losses.language_modeling import cross_entropy
-from moevlm.losses.selection import Selection, count_units_of, select
-from moevlm.losses.teacher_rows import HeadRows, TeacherRows
+from moevlm.losses.selection import count_units_of
 from moevlm.models.vlm import VLM
 
 
@@ -45,60 +39,32 @@ class MimicDistillation(VLMStage):
         *,
         trainable: Sequence[str] = ("^connector", "^language_model"),
         loss_weights: Mapping[str, Weight] | None = None,
-        temperature: float = 1.0,
-        divergence: str = "forward_kl",
-        divergence_beta: float = 0.5,
-        divergence_skew: float = 0.1,
-        z_normed: bool = False,
-        token_weighting: str = "uniform",
-        kd_tokens: str = "answer",
-        affinity_fraction: float = 0.5,
         terms: Mapping[str, Any] | None = None,
-        source_names: Sequence[str] = (),
-        cross_tokenizer: str | None = None,
-        unmatched_weight: float = 1.0,
         build_teachers: Mapping[str, Callable[[], VLM]] | None = None,
         teacher_of_source: Sequence[str] | None = None,
         teacher_options: Mapping[str, Any] | None = None,
         on_policy: Mapping[str, Any] | None = None,
-        **settings: Unpack[VLMStageSettings],
+        **settings: Unpack[MimicSettings],
     ) -> None:
         """Losses: kd, lm, load_balancing, router_z; given a weight, visual_kd, hidden, relation, affinity, attention.
 
-        The other settings are those of `Stage`.
+        The other settings are those of `MimicSettings` and `Stage`.
 
         Args:
             build_model: the student.
             build_teacher: frozen; of the same tokenizer, of any width, with any number of visual tokens.
-            temperature: of both distributions; the loss is scaled by its square.
-            divergence: a key of `moevlm.losses.divergences.DIVERGENCES`.
-            divergence_beta: weight of the teacher in the mixture of "jsd".
-            divergence_skew: share of the first argument in the mixture of the skewed divergences.
-            z_normed: standardise each row of logits, as LLaVADI does.
-            token_weighting: how much a token's divergence counts; one of `moevlm.losses.distillation.WEIGHTINGS`.
-            kd_tokens: which tokens kd looks at; a selection of `moevlm.losses.selection`.
-            affinity_fraction: the share of each answer's tokens that the selection "affinity" keeps.
             terms: layers and distances of the further terms, see `TermSettings`.
-            source_names: of the data sources, in their order; kd and lm are then logged for each.
-            cross_tokenizer: "uld" or "gold" for a teacher of another tokenizer, see `moevlm.losses.cross_tokenizer`.
-            unmatched_weight: in "gold", of the tokens that only one of the vocabularies has.
             build_teachers: several by name, in place of `build_teacher`; each sequence is taught by one of them.
             teacher_of_source: the teacher's name for every data source, in the order of ``data.sources``.
             teacher_options: placement, quantization, share_vision; see `TeacherOptions`.
             on_policy: ``{fraction, max_new_tokens, temperature}``, see `OnPolicy`: in that share of the steps the
                 student answers for itself, and only the divergence counts (GKD).
         """
-        super().__init__(build_model, optimizer, scheduler, trainable=trainable, loss_weights=loss_weights, **settings)
-        self.tokens = TokenSettings(
-            Divergence(divergence, temperature, divergence_beta, divergence_skew, z_normed),
-            token_weighting,
-            kd_tokens,
-            affinity_fraction,
-            cross_tokenizer,
-            unmatched_weight,
-            list(source_names),
-        )
-        if kd_tokens != "answer" and self.adaptive is not None and self.adaptive.rule == "gradient_norm":
+        tokens, others = split_settings(settings)
+        super().__init__(build_model, optimizer, scheduler, trainable=trainable, loss_weights=loss_weights, **others)
+        self.tokens = tokens
+        self.measures_gradients = self.adaptive is not None and self.adaptive.rule == "gradient_norm"
+        if self.tokens.tokens != "answer" and self.measures_gradients:
             raise ValueError("gradient_norm compares kd and lm on the same tokens; set stage.kd_tokens=answer")
         self.wanted = [name for name in self.default_weights if self.is_weighted(name)]
         self.term_settings = TermSettings.parse(terms, self.wanted)
@@ -106,7 +72,7 @@ class MimicDistillation(VLMStage):
         self.teacher_builders = name_teachers(build_teacher, build_teachers, teacher_of_source)
         self.teacher_of_source = teacher_of_source
         self.teacher_options, self.on_policy = TeacherOptions.parse(teacher_options), OnPolicy.parse(on_policy)
-        if self.on_policy is not None and cross_tokenizer is not None:
+        if self.on_policy is not None and self.tokens.cross_tokenizer is not None:
             raise ValueError("the student's own answers have no tokens of another tokenizer; set stage.on_policy=null")
         self.terms: dict[str, DistillationTerms] = {}  # by teacher at hand
 
@@ -123,12 +89,13 @@ class MimicDistillation(VLMStage):
                 teacher = build()
                 self.terms[name] = DistillationTerms(self.term_settings, self.wanted, student, teacher)
                 self.set_teacher(teacher, self.teacher_options, student, name=name)
+        further = [name for name in ("visual_kd", *TERM_WEIGHTS) if name in self.wanted]
         if cached:
             if self.on_policy is not None:
                 raise ValueError("a cache cannot judge the student's own answers; set data.teacher_cache=null")
-            self._check_answers_suffice("a teacher cache", "data.teacher_cache=null")
+            self.tokens.check_answers_suffice(further, "a teacher cache", "data.teacher_cache=null")
         if self.tokens.cross_tokenizer is not None:
-            self._check_answers_suffice("a teacher of another tokenizer", "stage.cross_tokenizer=null")
+            self.tokens.check_answers_suffice(further, "a teacher of another tokenizer", "stage.cross_tokenizer=null")
             self.match = self.vocabulary_match()
         self.set_model(student)
         self.set_beside(build_projections(self.terms, self.seed))
@@ -141,10 +108,7 @@ class MimicDistillation(VLMStage):
     def prepare_step(self, micro_batches: list[Any]) -> list[Any]:
         if not self.is_on_policy or self.on_policy is None:
             return micro_batches
-        seeds = [
-            step_seed(self.seed + 1, self.global_rank, self.global_step * 1009 + n) for n in range(len(micro_batches))
-        ]
-        return [self.on_policy.answer(self.model, batch, seed) for batch, seed in zip(micro_batches, seeds)]
+        return self.on_policy.answer_step(self.model, micro_batches, self.seed, self.global_rank, self.global_step)
 
     def step_weights(self) -> dict[str, float]:
         """On its own answers a student has nothing to imitate but the teacher: lm is worth nothing there."""
@@ -176,68 +140,30 @@ class MimicDistillation(VLMStage):
             )
         if batch.teacher_batch is not None:
             student = self.model(batch)
-            teacher = self.frozen[name].model
-            kd = span_pass(batch, student, self.model.head, teacher, self.match, self.tokens)
-            objective = Objective({"kd": kd}, output=student)
+            objective = self._passes().over_spans(batch, student, self.frozen[name].model, self.match)
         elif batch.cached_rows is not None:
             student = self.model(batch)
-            rows_R, targets_R = student.prediction_rows(batch.labels)
-            answers = Selection(rows_R, rows_R, targets_R, "targets")
-            stored = cached_teacher_rows(batch.cached_rows, self.teacher_head, self.model.head.weight.shape[0])
-            objective = self._token_pass("kd", answers, batch, student, stored)
+            objective = self._passes().over_cache(batch.cached_rows, batch, student, self.teacher_head)
         else:
-            objective = self._mimic_at_hand(batch, name)
-            student = objective.output
+            objective, student = self._mimic_at_hand(batch, name)
         if "lm" not in objective.losses and self.is_weighted("lm"):
             objective.losses["lm"] = cross_entropy(student, self.model.head, batch.labels, kernel=self.loss_kernel)
         objective.losses |= self.router_losses(student)
         return objective
 
-    def _mimic_at_hand(self, batch: VLMBatch, name: str) -> Objective:
+    def _mimic_at_hand(self, batch: VLMBatch, name: str) -> tuple[Objective, VLMOutput]:
         """Everything that a teacher of the same tokenizer can be asked."""
         terms = self.terms[name]
         student = self.model(batch, **terms.student_keeps())
-        teacher = self.ask_teacher(batch, student, name=name, keep=terms.teacher_keeps())
-        rows = select(self.tokens.tokens, batch, student, teacher, affinity_fraction=self.tokens.affinity_fraction)
-        objective = self._token_pass("kd", rows, batch, student, self._head_rows(name, teacher, rows))
-        if "visual_kd" in self.wanted:
-            visual = select("visual", batch, student, teacher)
-            further = self._token_pass("visual_kd", visual, batch, student, self._head_rows(name, teacher, visual))
-            objective.losses |= further.losses
-            objective.joint += further.joint
+        output = self.ask_teacher(batch, student, name=name, keep=terms.teacher_keeps())
+        teacher = self.frozen[name].model
+        objective = self._passes().against(teacher, batch, student, output, visual="visual_kd" in self.wanted)
         counts = self.model.visual_token_counts(batch, batch.num_images, DEFAULT_VIEW)
         projections = [module for key, module in self.beside.items() if key.startswith(f"{name}_hidden_")]
-        objective.losses |= terms.losses(batch, student, teacher, projections, visual_tokens=counts)
-        return objective
+        objective.losses |= terms.losses(batch, student, output, projections, visual_tokens=counts)
+        return objective, student
 
-    def _token_pass(
-        self, name: str, rows: Selection, batch: VLMBatch, student: VLMOutput, teacher: TeacherRows
-    ) -> Objective:
-        return token_pass(
-            name,
-            rows,
-            batch,
-            student,
-            self.model.head,
-            teacher,
-            self.tokens,
-            weights=self.step_weights(),
-            kernel=self.loss_kernel,
-            with_lm=name == "kd" and self.tokens.tokens == "answer",
-            measure_gradients=self.adaptive is not None and self.adaptive.rule == "gradient_norm",
-        )
-
-    def _head_rows(self, name: str, teacher: VLMOutput, rows: Selection) -> HeadRows:
-        """Read after the teacher's forward pass."""
-        head, num_common = self.frozen[name].model.head, self.model.head.weight.shape[0]
-        return HeadRows(teacher.hidden_states[rows.teacher_rows], head, num_common)
-
-    def _check_answers_suffice(self, what: str, remedy: str) -> None:
-        """Some sources hold what the teacher says of the answers' tokens, and nothing else."""
-        asked = [name for name in ("visual_kd", *TERM_WEIGHTS) if name in self.wanted]
-        asked += [] if self.tokens.tokens == "answer" else [f"kd_tokens={self.tokens.tokens}"]
-        if asked:
-            raise ValueError(
-                f"{what} knows the answers' tokens only, not what {', '.join(asked)} looks at; set {remedy}, or "
-                "weight 0 in stage.loss_weights and stage.kd_tokens=answer"
-            )
+    def _passes(self) -> MimicPasses:
+        """Made behind the student's forward pass, in which FSDP2 gathers the head."""
+        head, weights = self.model.head, self.step_weights()
+        return MimicPasses(head, self.tokens, weights, self.measures_gradients, self.loss_kernel)

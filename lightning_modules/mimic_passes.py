@@ -8,108 +8,113 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_modules.mimic_settings import TokenSettings
 from lightning_modules.objective import Objective
 from moevlm.batch import CachedRows, Head, VLMBatch, VLMOutput, VocabularyMatch
-from moevlm.losses.cross_tokenizer import check_method, span_loss, span_rows
-from moevlm.losses.distillation import TokenLosses, check_weighting, token_losses
-from moevlm.losses.divergences import Divergence
+from moevlm.losses.cross_tokenizer import span_loss, span_rows
+from moevlm.losses.distillation import TokenLosses, token_losses
 from moevlm.losses.mean import Mean, Unit
-from moevlm.losses.selection import Selection, check_selection
+from moevlm.losses.selection import Selection, select
 from moevlm.losses.stored_rows import stored_teacher_rows
 from moevlm.losses.teacher_rows import HeadRows, TeacherRows
 from moevlm.models.vlm import VLM
 
 
 @dataclass(frozen=True)
-class TokenSettings:
-    """How tokens are compared; checked when made."""
+class MimicPasses:
+    """What the passes of one micro-batch have in common.
 
-    divergence: Divergence
-    weighting: str  # one of `moevlm.losses.distillation.WEIGHTINGS`
-    tokens: str  # a selection of `moevlm.losses.selection`
-    affinity_fraction: float
-    cross_tokenizer: str | None  # a method of `moevlm.losses.cross_tokenizer`, for a teacher of another tokenizer
-    unmatched_weight: float
-    source_names: Sequence[str]  # losses are logged for each; none for no sources
-
-    def __post_init__(self) -> None:
-        check_weighting(self.weighting)
-        check_selection(self.tokens, self.affinity_fraction)
-        check_method(self.cross_tokenizer)
-
-
-def token_pass(
-    name: str,
-    rows: Selection,
-    batch: VLMBatch,
-    student: VLMOutput,
-    head: Head,
-    teacher: TeacherRows,
-    settings: TokenSettings,
-    *,
-    weights: Mapping[str, float],
-    with_lm: bool = False,
-    measure_gradients: bool = False,
-    kernel: str = "auto",
-) -> Objective:
-    """A divergence over the rows of a selection, with the cross-entropy where both look at the same ones.
-
-    Args:
-        name: of the loss: "kd", which is weighted by token, reported with telemetry and by source, or "visual_kd".
+    Attributes:
         head: of the student.
         weights: of the losses at this step; their gradients are added up here (`Objective.joint`).
-        with_lm: the rows are those of the supervised tokens.
-        kernel: of the loss.
+        measure_gradients: report how long the gradients of kd and lm to the logits are.
+        kernel: of the losses.
     """
-    is_main = name == "kd"
-    found = token_losses(
-        student.hidden_states[rows.student_rows],
-        head,
-        teacher,
-        rows.targets,
-        divergence=settings.divergence,
-        weighting=settings.weighting if is_main else "uniform",
-        kd_weight=weights[name],
-        lm_weight=weights["lm"] if with_lm else 0.0,
-        measure_gradients=measure_gradients and with_lm,
-        kernel=kernel,
-    )
-    losses = {name: found.kd} | ({"lm": found.lm} if with_lm else {})
-    sources_R = batch.sources[student.sequence_ids[rows.student_rows]]
-    return _objective(losses, found, rows.unit, sources_R, settings.source_names if is_main else (), student)
 
+    head: Head
+    settings: TokenSettings
+    weights: Mapping[str, float]
+    measure_gradients: bool = False
+    kernel: str = "auto"
 
-def span_pass(
-    batch: VLMBatch,
-    student: VLMOutput,
-    head: Head,
-    teacher: VLM,
-    match: VocabularyMatch | None,
-    settings: TokenSettings,
-) -> Mean:
-    """A teacher of another tokenizer reads a row of its own; the two meet in spans of text."""
-    assert batch.teacher_batch is not None
-    assert batch.spans is not None
-    assert settings.cross_tokenizer is not None
-    bounds_K4 = batch.spans.bounds
-    with torch.no_grad():
-        other = span_rows(teacher(batch.teacher_batch), teacher.head, batch.teacher_batch, bounds_K4[:, 2:])
-    return span_loss(
-        span_rows(student, head, batch, bounds_K4[:, :2]),
-        other,
-        None if match is None else match.to(bounds_K4.device),
-        method=settings.cross_tokenizer,
-        divergence=settings.divergence,
-        unmatched_weight=settings.unmatched_weight,
-    )
+    def over_tokens(
+        self, name: str, rows: Selection, batch: VLMBatch, student: VLMOutput, teacher: TeacherRows
+    ) -> Objective:
+        """A divergence over the rows of a selection, with the cross-entropy where both look at the same ones.
 
+        Args:
+            name: of the loss: "kd", which is weighted by token, reported with telemetry and by source, or "visual_kd".
+        """
+        is_main, settings = name == "kd", self.settings
+        with_lm = is_main and settings.tokens == "answer"
+        found = token_losses(
+            student.hidden_states[rows.student_rows],
+            self.head,
+            teacher,
+            rows.targets,
+            divergence=settings.divergence,
+            weighting=settings.weighting if is_main else "uniform",
+            kd_weight=self.weights[name],
+            lm_weight=self.weights["lm"] if with_lm else 0.0,
+            measure_gradients=self.measure_gradients and with_lm,
+            kernel=self.kernel,
+        )
+        losses = {name: found.kd} | ({"lm": found.lm} if with_lm else {})
+        sources_R = batch.sources[student.sequence_ids[rows.student_rows]]
+        return _objective(losses, found, rows.unit, sources_R, settings.source_names if is_main else (), student)
 
-def cached_teacher_rows(cached: CachedRows, teacher_head: Head | None, num_common: int) -> TeacherRows:
-    """What a cache holds of a batch's supervised tokens; hidden states need the teacher's head."""
-    if cached.hidden_states is None:
-        return stored_teacher_rows(cached)
-    assert teacher_head is not None
-    return HeadRows(cached.hidden_states.to(teacher_head.weight.dtype), teacher_head, num_common)
+    def against(
+        self, teacher: VLM, batch: VLMBatch, student: VLMOutput, output: VLMOutput, *, visual: bool
+    ) -> Objective:
+        """The token passes against a teacher that read the same tokens: kd, and visual_kd on request.
+
+        Args:
+            output: of the teacher.
+        """
+        settings = self.settings
+        chosen = {"kd": select(settings.tokens, batch, student, output, affinity_fraction=settings.affinity_fraction)}
+        if visual:
+            chosen["visual_kd"] = select("visual", batch, student, output)
+        found = []
+        for name, rows in chosen.items():
+            theirs = HeadRows(output.hidden_states[rows.teacher_rows], teacher.head, self.head.weight.shape[0])
+            found.append(self.over_tokens(name, rows, batch, student, theirs))
+        first = found[0]
+        for further in found[1:]:
+            first.losses |= further.losses
+            first.joint += further.joint
+        return first
+
+    def over_cache(
+        self, cached: CachedRows, batch: VLMBatch, student: VLMOutput, teacher_head: Head | None
+    ) -> Objective:
+        """What a cache holds of a batch's supervised tokens; hidden states need the teacher's head."""
+        rows_R, targets_R = student.prediction_rows(batch.labels)
+        answers = Selection(rows_R, rows_R, targets_R, "targets")
+        if cached.hidden_states is None:
+            return self.over_tokens("kd", answers, batch, student, stored_teacher_rows(cached))
+        assert teacher_head is not None
+        states_RD = cached.hidden_states.to(teacher_head.weight.dtype)
+        stored = HeadRows(states_RD, teacher_head, self.head.weight.shape[0])
+        return self.over_tokens("kd", answers, batch, student, stored)
+
+    def over_spans(self, batch: VLMBatch, student: VLMOutput, teacher: VLM, match: VocabularyMatch | None) -> Objective:
+        """A teacher of another tokenizer reads a row of its own; the two meet in spans of text."""
+        assert batch.teacher_batch is not None
+        assert batch.spans is not None
+        assert self.settings.cross_tokenizer is not None
+        bounds_K4 = batch.spans.bounds
+        with torch.no_grad():
+            other = span_rows(teacher(batch.teacher_batch), teacher.head, batch.teacher_batch, bounds_K4[:, 2:])
+        kd = span_loss(
+            span_rows(student, self.head, batch, bounds_K4[:, :2]),
+            other,
+            None if match is None else match.to(bounds_K4.device),
+            method=self.settings.cross_tokenizer,
+            divergence=self.settings.divergence,
+            unmatched_weight=self.settings.unmatched_weight,
+        )
+        return Objective({"kd": kd}, output=student)
 
 
 def _objective(

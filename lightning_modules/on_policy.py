@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,13 @@ class OnPolicy:
         """Whether a step is on-policy: a pure function of seed and step, the same on every rank and after a resume."""
         generator = torch.Generator().manual_seed(step_seed(seed, ALL_RANKS, step))
         return bool(torch.rand((), generator=generator) < self.fraction)
+
+    def answer_step(
+        self, model: VLM, micro_batches: Sequence[VLMBatch], seed: int, rank: int, step: int
+    ) -> list[VLMBatch]:
+        """The micro-batches of one step with the student's own answers; what it draws is a function of all numbers."""
+        seeds = [step_seed(seed + 1, rank, step * 1009 + number) for number in range(len(micro_batches))]
+        return [self.answer(model, batch, seed) for batch, seed in zip(micro_batches, seeds)]
 
     @torch.no_grad()
     def answer(self, model: VLM, batch: VLMBatch, seed: int) -> VLMBatch:

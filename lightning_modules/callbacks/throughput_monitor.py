@@ -85,6 +85,13 @@ def _flop(model: VLM, batch: VLMBatch) -> float:
     return training_flops(model, lengths, num_targets=batch.num_targets, num_images=batch.num_images)
 
 
+def restart_peak_memory() -> None:
+    """Let the peak on GPUs count from here; what a process had resident at most cannot be forgotten."""
+    if torch.cuda.is_initialized():
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(number)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory allocated on a GPU, or resident in this process, in GiB."""
     if device.type == "cuda":

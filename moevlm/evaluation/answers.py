@@ -105,14 +105,42 @@ def compare_answers(
     Raises:
         ValueError: the two files hold other questions, or a benchmark whose answers are not right or wrong.
     """
-    correct = []
-    for file in (file_a, file_b):
-        rows = read_answers(file)
-        scorer = _scorer(rows)
-        if scorer not in CORRECT:
-            raise ValueError(f"answers of {file} are not right or wrong (scorer {scorer}); known: {', '.join(CORRECT)}")
-        correct.append({row["id"]: float(CORRECT[scorer](row)) for row in rows if not row.get("text_only")})
-    return paired_bootstrap(*pair_by_id(*correct), num_resamples=num_resamples, seed=seed)
+    return compare_answers_of_seeds([(file_a, file_b)], num_resamples=num_resamples, seed=seed)
+
+
+def compare_answers_of_seeds(
+    pairs: Sequence[tuple[str | Path, str | Path]], *, num_resamples: int = 10_000, seed: int = 0
+) -> PairedDifference:
+    """As `compare_answers`, of models trained several times: a question's score is its mean over the pairs.
+
+    Questions are drawn, and not answers: those of several seeds to one question are no independent samples, and taking
+    them for such would make the interval too narrow. It says nothing of how seeds differ.
+
+    Args:
+        pairs: answer files of model a and model b, one pair for each seed.
+        num_resamples: see `paired_bootstrap`.
+        seed: see `paired_bootstrap`.
+
+    Raises:
+        ValueError: files hold other questions, or a benchmark whose answers are not right or wrong.
+    """
+    scores_a, scores_b = (_mean_scores([pair[side] for pair in pairs]) for side in (0, 1))
+    return paired_bootstrap(*pair_by_id(scores_a, scores_b), num_resamples=num_resamples, seed=seed)
+
+
+def _mean_scores(files: Sequence[str | Path]) -> dict[Any, float]:
+    """Mean over the files of each question's score, by row id."""
+    scores = [_right_or_wrong(file) for file in files]
+    together = [pair_by_id(scores[0], other)[1] for other in scores]
+    return {key: sum(values) / len(files) for key, values in zip(scores[0], zip(*together))}
+
+
+def _right_or_wrong(file: str | Path) -> dict[Any, float]:
+    rows = read_answers(file)
+    scorer = _scorer(rows)
+    if scorer not in CORRECT:
+        raise ValueError(f"answers of {file} are not right or wrong (scorer {scorer}); known: {', '.join(CORRECT)}")
+    return {row["id"]: float(CORRECT[scorer](row)) for row in rows if not row.get("text_only")}
 
 
 def _scorer(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -97,17 +97,7 @@ class ModularVLM(VLM):
         logits_BE = self.router_logits(inputs)
         choices = self._labels(batch) if self.training else logits_BE.argmax(dim=-1).tolist()
         hidden_UD = self._run_experts(inputs, choices)
-        splice = inputs.splice
-        return VLMOutput(
-            hidden_UD,
-            splice.text_positions,
-            splice.segments,
-            splice.sequence_ids,
-            splice.lengths,
-            visual_features=None if features is None else features.detach(),
-            domain_logits=logits_BE,
-            sources=batch.sources,
-        )
+        return self._output(hidden_UD, batch, inputs, features, domain_logits=logits_BE)
 
     def router_logits(self, inputs: SplicedInputs) -> Tensor:
         """[B, E] from the mean embedding of each sequence's prompt: a bag of words and patches.
@@ -185,22 +175,10 @@ class ModularVLM(VLM):
             tokens = [t for row in rows for t in range(ends[row] - splice.lengths[row], ends[row])]
             index = torch.tensor(tokens, device=embeds_UD.device)
             lengths = tuple(splice.lengths[row] for row in rows)
-            found = self._run(decoder, embeds_UD[index], splice.position_ids[index], lengths)
+            packed = PackedSequences(lengths, embeds_UD.device, kernel=self.attention)
+            found = self._run_packed(decoder, embeds_UD[index], splice.position_ids[index], packed)
             hidden_UD = hidden_UD.index_add(0, index, found if is_own else found * 0)
         return hidden_UD / 2 if self.has_common else hidden_UD
-
-    def _run(self, decoder: nn.Module, embeds_RD: Tensor, position_ids_R: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        packed = PackedSequences(lengths, embeds_RD.device)
-        hands_down = getattr(self.language_model, "_supports_attention_backend", False)
-        hidden_1RD = decoder(
-            inputs_embeds=embeds_RD.unsqueeze(0),
-            attention_mask=None if hands_down else packed.as_mask(),
-            position_ids=position_ids_R.unsqueeze(0),
-            use_cache=False,
-            packed_sequences=packed,
-        ).last_hidden_state
-        assert packed.reached_attention, "sequences were mixed: attention was not told where they end"
-        return hidden_1RD.squeeze(0)  # type: ignore[no-any-return]
 
 
 class ModularCache:

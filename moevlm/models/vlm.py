@@ -144,30 +144,12 @@ class VLM(nn.Module):
         splice = inputs.splice
         keep = self._check_layers(keep_attentions)
         packed = PackedSequences(splice.lengths, splice.position_ids.device, keep, kernel=self.attention)
-        # what this flag says is that keyword arguments reach the attention function
-        hands_down = getattr(self.language_model, "_supports_attention_backend", False)
         with self.recorder.open() as routings, self._record(self._check_layers(keep_layers)) as layers:
-            hidden_states = self.language_model.get_decoder()(
-                inputs_embeds=inputs.inputs_embeds.unsqueeze(0),
-                attention_mask=None if hands_down else packed.as_mask(),
-                position_ids=splice.position_ids.unsqueeze(0),
-                use_cache=False,
-                packed_sequences=packed,
-            ).last_hidden_state
-        assert packed.reached_attention, "sequences were mixed: attention was not told where they end"
+            decoder = self.language_model.get_decoder()
+            hidden_UD = self._run_packed(decoder, inputs.inputs_embeds, splice.position_ids, packed)
         # a copy, as FSDP2 hangs its backward hook on the output and warns about views
-        output = VLMOutput(
-            hidden_states.squeeze(0).clone(),
-            splice.text_positions,
-            splice.segments,
-            splice.sequence_ids,
-            splice.lengths,
-            routings,
-            None if features is None else features.detach(),
-            layers,
-            packed.kept,
-            sources=batch.sources,
-        )
+        kept: dict[str, Any] = {"routings": routings, "layers": layers, "attentions": packed.kept}
+        output = self._output(hidden_UD.clone(), batch, inputs, features, **kept)
         self._check_routings(output)
         return output
 
@@ -227,6 +209,38 @@ class VLM(nn.Module):
         return self.language_model.get_input_embeddings()(token_ids)  # type: ignore[no-any-return]
 
     # parts of the above
+
+    def _run_packed(
+        self, decoder: nn.Module, embeds_UD: Tensor, position_ids_U: Tensor, packed: PackedSequences
+    ) -> Tensor:
+        """[U, D] last states of one packed row."""
+        # what this flag says is that keyword arguments reach the attention function
+        hands_down = getattr(self.language_model, "_supports_attention_backend", False)
+        hidden_1UD = decoder(
+            inputs_embeds=embeds_UD.unsqueeze(0),
+            attention_mask=None if hands_down else packed.as_mask(),
+            position_ids=position_ids_U.unsqueeze(0),
+            use_cache=False,
+            packed_sequences=packed,
+        ).last_hidden_state
+        assert packed.reached_attention, "sequences were mixed: attention was not told where they end"
+        return hidden_1UD.squeeze(0)  # type: ignore[no-any-return]
+
+    def _output(
+        self, hidden_UD: Tensor, batch: VLMBatch, inputs: SplicedInputs, features: Tensor | None, **more: Any
+    ) -> VLMOutput:
+        """The states with what says which row is what."""
+        splice = inputs.splice
+        return VLMOutput(
+            hidden_UD,
+            splice.text_positions,
+            splice.segments,
+            splice.sequence_ids,
+            splice.lengths,
+            visual_features=None if features is None else features.detach(),
+            sources=batch.sources,
+            **more,
+        )
 
     def _checkpoint(self, setting: bool | str | Sequence[str]) -> None:
         layers: Any = decoder_layers(self.language_model)

@@ -98,6 +98,7 @@ RANK_CASES: dict[str, Any] = {
     "kto_against_both": partial(
         PreferenceDistillation, build_sparse, build_teacher=build_teacher, reference="blend", loss="kto_pair"
     ),
+    "kto": partial(PreferenceDistillation, build_sparse, build_teacher=build_teacher, loss="kto", aggregation="mean"),
     "adversarial_routing": partial(MoETuning, lambda: build_adversarial()),
     "several_teachers": partial(
         MimicDistillation,
@@ -177,6 +178,29 @@ def build_adversarial() -> VLM:
         vlm.language_model.get_input_embeddings().weight[:, 0] = 5 * sign
         vlm.moe_layers[0].router.weight[:, 0] = torch.tensor([1.0, -1.0])
     return vlm
+
+
+class KTOOfBothRanks(PreferenceDistillation):
+    """In one process what two ranks do: KTO's reference point is over the micro-batches that run at the same time."""
+
+    def _mismatched_kl(self, batch: VLMBatch) -> Tensor:
+        for step in rank_steps(None, "kto"):
+            for place, other in enumerate(step):
+                if torch.equal(other.input_ids, batch.input_ids):
+                    both = [other, step[(place + len(step) // 2) % len(step)]]
+                    means = [PreferenceDistillation._mismatched_kl(self, one) for one in both]
+                    return sum(mean * one.num_pairs for mean, one in zip(means, both)) / sum(
+                        one.num_pairs for one in both
+                    )
+        raise AssertionError("a batch of no step")
+
+
+def make_alone(name: str) -> VLMStage:
+    """The stage of a case for one process that takes the micro-batches of both ranks."""
+    if name != "kto":
+        return make_stage(name, optimizer=sgd)
+    case = RANK_CASES[name]
+    return KTOOfBothRanks(*case.args, optimizer=sgd, **case.keywords)
 
 
 def make_stage(name: str, optimizer: Any = adamw, **changes: Any) -> VLMStage:
@@ -260,6 +284,8 @@ def rank_steps(rank: int | None, name: str = "") -> list[list[VLMBatch]]:
     letters = [[[image, text], [text, unlabelled]], [[text, image], [image, text]]]  # step, rank, micro-batch
     if name == "adversarial_routing":
         letters = [[[text, text], [text, text]]] * 2
+    if name == "kto":  # two pairs are mismatched, three in the second rank's micro-batches
+        letters = [[[micro * (2 + number) for micro in row] for number, row in enumerate(step)] for step in letters]
     steps = []
     for index, step in enumerate(letters):
         ranks = [

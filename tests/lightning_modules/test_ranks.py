@@ -22,12 +22,11 @@ from tests.lightning_modules.runs import (
     build_adversarial,
     fit,
     initial_parameters,
-    make_stage,
+    make_alone,
     parameters_of,
     rank_logits,
     rank_steps,
     selection_biases,
-    sgd,
 )
 
 pytestmark = pytest.mark.timeout(600)  # several cases more than a minute on two busy cores
@@ -63,7 +62,7 @@ def single() -> dict[str, dict[str, Any]]:
     """Each case in this process, on the micro-batches of both ranks."""
     results = {}
     for name in RANK_CASES:
-        stage = make_stage(name, optimizer=sgd)
+        stage = make_alone(name)
         trainer = fit(stage, rank_steps(None, name), callbacks=[RoutingMonitor()])
         logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
         results[name] = {

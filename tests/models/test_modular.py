@@ -71,6 +71,13 @@ def test_without_labels_the_router_chooses_and_the_answer_does_not_matter(expert
     torch.testing.assert_close(changed.domain_logits, found.domain_logits)
 
 
+def test_the_attention_kernel_that_is_asked_for_reaches_the_experts(experts: list[str]) -> None:
+    vlm, batch = build_modular(experts=experts), domains(tiny_batch(("siqqaa", "sqqaaa")), 1, 0)
+    vlm.attention = "varlen"
+    with pytest.raises(ValueError, match="attention=varlen needs a GPU"):
+        vlm(batch)
+
+
 def test_a_common_expert_is_averaged_with_the_chosen_one(experts: list[str]) -> None:
     batch = domains(tiny_batch(("siqqaa", "sqqaaa")), 1, 0)
     vlm = build_modular(experts=experts[:2], common=True)
