@@ -18,11 +18,12 @@ from moevlm.data.plan import Draw
 from moevlm.data.rejection import RejectedRecord
 from moevlm.preprocessing.collate import pack
 from moevlm.preprocessing.rejection import RejectedSample
+from moevlm.preprocessing.text_side import TextSide
 
 MAX_ATTEMPTS = 32
 
-Encode = Callable[[Record, int, int], list[EncodedSample]]
-"""(record, source, number that names the draw) -> its sequences."""
+Encode = Callable[[Record, int, int], TextSide]
+"""(record, source, number that names the draw) -> its text, which makes the sequences when its images are wanted."""
 
 
 class Reader(Protocol):
@@ -89,18 +90,22 @@ class StepDataset(Dataset[Step]):
         result = Step()
         groups: list[list[EncodedSample]] = []
         try:
-            for position in self.positions(step):
-                groups.append(self._sample(self.plan.draw(position), result))
+            draws = [self.plan.draw(position) for position in self.positions(step)]
+            for start in range(0, len(draws), self.micro_batch_size):
+                some = draws[start : start + self.micro_batch_size]
+                for draw, text in zip(some, [self._read(draw, draw.sample) for draw in some]):
+                    groups.append(self._sample(draw, text, result))
             result.batches = pack_groups(groups, self.micro_batch_size, step * self.samples_per_step)
         except (ValueError, OSError) as error:
             result.failure = str(error)
         result.num_samples = len(groups)
         return result
 
-    def _sample(self, draw: Draw, result: Step) -> list[EncodedSample]:
+    def _sample(self, draw: Draw, text: TextSide | RejectedDraw, result: Step) -> list[EncodedSample]:
+        """The sequences of a draw, whose text is there already; of a substitute when it cannot be used."""
         number = draw.sample
         for attempt in range(MAX_ATTEMPTS):
-            samples = self._try(draw, number, result)
+            samples = self._finish(draw, number, text if attempt == 0 else self._read(draw, number), result)
             if samples is not None:
                 return samples
             number = self.plan.substitute(draw, attempt)
@@ -110,16 +115,29 @@ class StepDataset(Dataset[Step]):
             f"({last.reason}: {last.detail}); check the source's shards and the processor's settings"
         )
 
-    def _try(self, draw: Draw, number: int, result: Step) -> list[EncodedSample] | None:
-        """The sequences of a sample, or its name among the rejected."""
-        reader = self.readers[draw.source]
+    def _read(self, draw: Draw, number: int) -> TextSide | RejectedDraw:
+        """A sample's text, or why there is none. All texts of a micro-batch come first: images empty the caches."""
         try:
-            samples = self.encode(reader.read(number), draw.source, draw.position)
-            return samples if self.attach is None else self.attach(samples, draw.source, number)
+            return self.encode(self.readers[draw.source].read(number), draw.source, draw.position)
         except (RejectedRecord, RejectedSample) as rejected:
-            source, key = self.names[draw.source], reader.name(number)
-            result.rejected.append(RejectedDraw(draw.position, source, key, rejected.reason, rejected.detail))
-            return None
+            return self._rejected(draw, number, rejected)
+
+    def _finish(
+        self, draw: Draw, number: int, text: TextSide | RejectedDraw, result: Step
+    ) -> list[EncodedSample] | None:
+        """The sequences of a sample, or its name among the rejected."""
+        if isinstance(text, TextSide):
+            try:
+                samples = text.with_images()
+                return samples if self.attach is None else self.attach(samples, draw.source, number)
+            except (RejectedRecord, RejectedSample) as rejected:
+                text = self._rejected(draw, number, rejected)
+        result.rejected.append(text)
+        return None
+
+    def _rejected(self, draw: Draw, number: int, why: RejectedRecord | RejectedSample) -> RejectedDraw:
+        key = self.readers[draw.source].name(number)
+        return RejectedDraw(draw.position, self.names[draw.source], key, why.reason, why.detail)
 
 
 class PackedStepDataset(StepDataset):
@@ -138,8 +156,10 @@ class PackedStepDataset(StepDataset):
         try:
             for number in self.positions(step):
                 draws = [self.plan.draw(position) for position in self.rows.row(number)]
-                tried = [self._try(draw, draw.sample, result) for draw in draws]
-                groups = [samples for samples in tried if samples is not None] or [self._sample(draws[0], result)]
+                texts = [self._read(draw, draw.sample) for draw in draws]
+                tried = [self._finish(draw, draw.sample, text, result) for draw, text in zip(draws, texts)]
+                groups = [samples for samples in tried if samples is not None]
+                groups = groups or [self._sample(draws[0], self._read(draws[0], draws[0].sample), result)]
                 result.batches.append(pack([one for group in groups for one in group], step * self.samples_per_step))
                 result.num_samples += len(draws)
         except (ValueError, OSError) as error:

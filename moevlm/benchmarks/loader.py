@@ -121,7 +121,8 @@ class Batches(Dataset[VLMBatch]):
     def __getitem__(self, number: int) -> VLMBatch:
         first = number * BATCH % len(self.shards)
         records = [self.shards.read(first + place) for place in range(BATCH)]
-        return pack([sample for record in records for sample in self.processor.encode(record)])
+        texts = [self.processor.encode_text(record) for record in records]  # texts first, as `datamodules.steps` does
+        return pack([sample for text in texts for sample in text.with_images()])
 
 
 def _bare(problem: Problem, shards: IndexedShards, options: dict[str, Any]) -> Work:

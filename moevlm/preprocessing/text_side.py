@@ -1,0 +1,62 @@
+"""A record between the two halves of its encoding: its turns are tokens, its images are still files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from moevlm.batch import NO_PAIR, EncodedSample, PixelScale, Record, Tiling
+
+if TYPE_CHECKING:
+    from moevlm.preprocessing.processor import Processor
+
+EncodedTurns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
+
+
+class View(NamedTuple):
+    """The images of a sample as one transform made them."""
+
+    pixels: torch.Tensor  # [n, 3, H, W] uint8, or all pictures of n tiled images
+    tilings: tuple[Tiling, ...] | None
+    scale: PixelScale
+
+    def num_pictures(self, num_images: int) -> int:
+        """Of the first images."""
+        return num_images if self.tilings is None else sum(tiling.num_tiles for tiling in self.tilings[:num_images])
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """A record whose turns are tokens and whose images are still files."""
+
+    processor: Processor
+    record: Record
+    encoded: list[EncodedTurns]  # of the conversation, or of both sides of a pair
+    source: int
+    pair_id: int
+
+    def with_images(self) -> list[EncodedSample]:
+        """The record's sequences with their pixels: the costly half of `Processor.encode`.
+
+        Raises:
+            RejectedSample: a reason of an image, or of a teacher's own tokenizer.
+        """
+        record, views = self.record, self.processor.views_of(self.record.images)
+        samples = [
+            EncodedSample(
+                record.key,
+                ids_S,
+                labels_S,
+                segments_S,
+                {name: view.pixels[: view.num_pictures(num_images)] for name, view in views.items()},
+                self.source,
+                self.pair_id,
+                is_chosen=self.pair_id != NO_PAIR and number == 0,
+                tilings={n: v.tilings[:num_images] for n, v in views.items() if v.tilings is not None},
+                scales={name: view.scale for name, view in views.items()},
+            )
+            for number, (ids_S, labels_S, segments_S, num_images) in enumerate(self.encoded)
+        ]
+        return self.processor.with_teachers_side(samples, record, self.source, self.pair_id)
