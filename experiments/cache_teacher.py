@@ -13,7 +13,7 @@ from tqdm import tqdm
 from experiments.instantiate import build, plain
 from experiments.program import program
 from moevlm.data.reader import IndexedShards
-from moevlm.data.teacher_cache import has_cache
+from moevlm.data.sample_cache import has_cache
 from moevlm.evaluation.evaluate import choose_device
 from moevlm.evaluation.teacher_caching import CacheRequest, fill_cache
 
