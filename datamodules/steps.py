@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from datamodules.caches import Attach
 from datamodules.rejections import RejectedDraw, RejectionLog
+from datamodules.vision_caches import Features
 from moevlm.batch import EncodedSample, Record, VLMBatch
 from moevlm.data.packing import PackedPlan
 from moevlm.data.plan import Draw
@@ -68,6 +69,7 @@ class StepDataset(Dataset[Step]):
         positions: step -> the positions this rank reads.
         samples_per_step: over all ranks; gives the samples consumed before a step, which its batches carry.
         attach: adds what caches hold of a sample.
+        features: of a sample's images, from a vision cache; with `pixels` the images are decoded as well.
     """
 
     def __init__(
@@ -81,8 +83,10 @@ class StepDataset(Dataset[Step]):
         samples_per_step: int,
         micro_batch_size: int,
         attach: Attach | None = None,
+        features: Features | None = None,
+        pixels: bool = True,
     ) -> None:
-        self.attach = attach
+        self.attach, self.features, self.pixels = attach, features, pixels
         self.readers, self.names, self.plan, self.encode = readers, names, plan, encode
         self.positions, self.samples_per_step, self.micro_batch_size = positions, samples_per_step, micro_batch_size
 
@@ -128,7 +132,8 @@ class StepDataset(Dataset[Step]):
         """The sequences of a sample, or its name among the rejected."""
         if isinstance(text, TextSide):
             try:
-                samples = text.with_images()
+                found = None if self.features is None else self.features(draw.source, number, text.record.key)
+                samples = text.with_images(found, pixels=self.pixels)
                 return samples if self.attach is None else self.attach(samples, draw.source, number)
             except (RejectedRecord, RejectedSample) as rejected:
                 text = self._rejected(draw, number, rejected)

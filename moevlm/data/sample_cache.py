@@ -32,8 +32,6 @@ class Key:
     what: ClassVar[str]  # names the folders, and the cache in messages: "teacher"
     program: ClassVar[str]  # what writes it
 
-    kind: Any  # of numbers, for messages; a field or a property
-
     @property
     def fields(self) -> list[tuple[str, str, int]]:
         """(field, numpy dtype, width) of a row, in the order in which they lie in the file."""
@@ -47,6 +45,12 @@ class Key:
     @property
     def row_bytes(self) -> int:
         return sum(np.dtype(dtype).itemsize * width for _, dtype, width in self.fields)
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        kind = self.values.get("kind")
+        return f"{self.what} cache" + ("" if kind is None else f" of kind {kind}")
 
     @property
     def again(self) -> str:
@@ -212,12 +216,9 @@ def _no_cache(shards: Path, key: Key) -> str:
     wanted, near = key.values, ""
     for manifest in sorted(shards.glob(f"{key.what}_*/manifest.json")):
         found = json.loads(manifest.read_text(encoding="utf-8")).get("key", {})
-        if found.get("kind") == key.kind:
+        if found.get("kind") == wanted.get("kind"):
             differing = [
                 f"{name} {found.get(name)}, not {value}" for name, value in wanted.items() if found.get(name) != value
             ]
             near = f"; {manifest.parent} was written for another run: {', '.join(differing)}"
-    return (
-        f"no {key.what} cache of kind {key.kind} for this run in {shards}{near}; "
-        f"run {key.program} with the same settings"
-    )
+    return f"no {key.title} for this run in {shards}{near}; run {key.program} with the same settings"

@@ -20,6 +20,7 @@ from moevlm.batch import (
     NO_PAIR,
     EncodedSample,
     Record,
+    Tiling,
     Turn,
 )
 from moevlm.ops.tiling import num_tiled_tokens
@@ -210,13 +211,16 @@ class Processor:
         views = {DEFAULT_VIEW: self.image_transform, **self.extra_views}
         return {name: View(*transform.stack(images), transform.scale) for name, transform in views.items()}
 
+    def tilings_of(self, images: Sequence[ImageSource]) -> tuple[Tiling, ...]:
+        """How a tiled transform cuts these images; sizes are read from the files' headers."""
+        return tuple(self.image_transform.tiling(upright_size(image)) for image in images)
+
     def _visual_tokens(self, images: Sequence[ImageSource]) -> list[int]:
         """What each image takes in the decoder's row; sizes are read from the files' headers."""
         if not self.image_transform.is_tiled:
             return [self.num_visual_tokens] * len(images)
         side = math.isqrt(self.num_visual_tokens)
-        tilings = [self.image_transform.tiling(upright_size(image)) for image in images]
-        return [num_tiled_tokens(tiling, side=side) for tiling in tilings]
+        return [num_tiled_tokens(tiling, side=side) for tiling in self.tilings_of(images)]
 
     def _encode_turns(self, turns: Sequence[Turn], visual_tokens: Sequence[int], *, shorten: bool) -> EncodedTurns:
         """Tokens of the longest run of first rounds that fits, and how many of the images it shows."""

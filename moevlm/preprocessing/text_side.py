@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
-from moevlm.batch import NO_PAIR, EncodedSample, PixelScale, Record, Tiling
+from moevlm.batch import DEFAULT_VIEW, NO_PAIR, EncodedSample, PixelScale, Record, Tiling
 
 if TYPE_CHECKING:
     from moevlm.preprocessing.processor import Processor
@@ -37,13 +39,23 @@ class TextSide:
     source: int
     pair_id: int
 
-    def with_images(self) -> list[EncodedSample]:
+    def with_images(self, features_MPD: Tensor | None = None, *, pixels: bool = True) -> list[EncodedSample]:
         """The record's sequences with their pixels: the costly half of `Processor.encode`.
+
+        Args:
+            features_MPD: what a frozen encoder makes of the record's pictures, from a cache.
+            pixels: decode the images although there are features.
 
         Raises:
             RejectedSample: a reason of an image, or of a teacher's own tokenizer.
         """
-        record, views = self.record, self.processor.views_of(self.record.images)
+        record = self.record
+        if features_MPD is None or (record.images and not len(features_MPD)):  # an image that the cache could not use
+            features_MPD, pixels = None, True
+        views = self.processor.views_of(record.images) if pixels else {}
+        tilings = {n: v.tilings for n, v in views.items() if v.tilings is not None}
+        if not pixels and self.processor.image_transform.is_tiled:
+            tilings[DEFAULT_VIEW] = self.processor.tilings_of(record.images)
         samples = [
             EncodedSample(
                 record.key,
@@ -54,9 +66,16 @@ class TextSide:
                 self.source,
                 self.pair_id,
                 is_chosen=self.pair_id != NO_PAIR and number == 0,
-                tilings={n: v.tilings[:num_images] for n, v in views.items() if v.tilings is not None},
+                tilings={name: some[:num_images] for name, some in tilings.items()},
                 scales={name: view.scale for name, view in views.items()},
+                features={} if features_MPD is None else {DEFAULT_VIEW: features_MPD[: _pictures(num_images, tilings)]},
             )
             for number, (ids_S, labels_S, segments_S, num_images) in enumerate(self.encoded)
         ]
         return self.processor.with_teachers_side(samples, record, self.source, self.pair_id)
+
+
+def _pictures(num_images: int, tilings: Mapping[str, Sequence[Tiling]]) -> int:
+    """Pictures of the first images in the default view."""
+    shown = tilings.get(DEFAULT_VIEW)
+    return num_images if shown is None else sum(tiling.num_tiles for tiling in shown[:num_images])
