@@ -130,6 +130,7 @@ class VLMDataModule(LightningDataModule):
         self._packing: list[int] = []  # of a checkpoint: its row's window, and the rows before that
         self._rank, self._world_size = rank, world_size
         self.train_rejections: RejectionLog | None = None  # of the training loader, once it is made
+        self.train_loader: StepLoader | None = None
         self._samples_consumed = 0  # where a run without a trainer stands
         self._opened: dict[str, IndexedShards | RecordFile] = {}
         self._split_global_batch(world_size or 1)
@@ -211,7 +212,8 @@ class VLMDataModule(LightningDataModule):
         self.train_rejections = self._rejections("train")
         self.train_rejections.forget_after(self.samples_consumed)
         start = lambda: self.samples_consumed // self.global_batch_size  # noqa: E731 - asked when the first step is
-        return self._loader(dataset, self.train_rejections, num_steps=self.num_steps, start=start)
+        self.train_loader = self._loader(dataset, self.train_rejections, num_steps=self.num_steps, start=start)
+        return self.train_loader
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """The validation samples in order, one micro-batch of each rank at a time; nothing is drawn at random."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -212,6 +213,7 @@ class StepLoader:
         prefetch_factor: int = 2,
     ) -> None:
         self.num_steps, self.rejections, self.start = num_steps, rejections, start
+        self.waited_seconds = 0.0  # that whoever iterates has waited for steps, all passes together
         streaming = isinstance(dataset, IterableDataset)
         self.loader: DataLoader[Step] = DataLoader(
             dataset,
@@ -237,8 +239,12 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[list[VLMBatch]]:
         remaining = self.num_steps - self.start()
-        for step in self.loader:
-            if remaining <= 0:
+        steps = iter(self.loader)
+        while remaining > 0:
+            began = time.perf_counter()
+            step = next(steps, None)
+            self.waited_seconds += time.perf_counter() - began
+            if step is None:
                 return
             self.rejections.record(step.rejected, step.num_samples)  # of one step: nothing is fetched ahead of it
             if step.failure:
