@@ -20,6 +20,7 @@ from datamodules.sources import Source, parse_sources
 from datamodules.steps import Encode, PackedStepDataset, Step, StepDataset, StepLoader
 from datamodules.streams import StreamingSteps
 from datamodules.teacher_view import add_teacher_view
+from datamodules.vision_caches import VisionCaches
 from moevlm.batch import VocabularyMatch
 from moevlm.data.cache import ShardCache
 from moevlm.data.lengths import UNUSABLE
@@ -29,6 +30,7 @@ from moevlm.data.reader import IndexedShards
 from moevlm.data.records import RecordFile
 from moevlm.data.urls import expand_urls
 from moevlm.evaluation.teacher_caching import CacheRequest
+from moevlm.evaluation.vision_caching import VisionRequest
 from moevlm.preprocessing.alignment import match_vocabularies
 from moevlm.preprocessing.processor import Processor
 
@@ -55,6 +57,7 @@ class VLMDataModule(LightningDataModule):
         cross_tokenizer: the teacher has another tokenizer: every sample is encoded for both, and aligned.
         teacher_cache: read the teacher's rows from a cache beside the shards (experiments.cache_teacher writes it):
             ``{teacher: model folder, kind: top_k | sampled | hidden, width, proposal, dtype, seed, vocab_size}``.
+        vision_cache: read the features of a frozen vision encoder in place of pixels, see `VisionCaches`.
         num_workers: loader processes of each rank.
         max_rejected_fraction: of the samples read; beyond it the run stops.
         rejected_folder: where ``rejected.jsonl`` names the samples that were replaced.
@@ -82,6 +85,7 @@ class VLMDataModule(LightningDataModule):
         teacher_processor: Processor | None = None,
         cross_tokenizer: bool = False,
         teacher_cache: Mapping[str, Any] | None = None,
+        vision_cache: Mapping[str, Any] | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
         seed: int = 0,
@@ -113,6 +117,7 @@ class VLMDataModule(LightningDataModule):
         self.validation_sources = parse_sources(validation_sources, "data.validation_sources")
         self.processor = add_teacher_view(processor, teacher_processor, cross_tokenizer=cross_tokenizer)
         self.caches = SampleCaches(teacher_cache, None, self.processor)
+        self.vision = VisionCaches(vision_cache, self.processor)
         self.num_steps, self.seed = num_steps, seed
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.num_validation_samples = num_validation_samples
@@ -125,6 +130,7 @@ class VLMDataModule(LightningDataModule):
         self._packing: list[int] = []  # of a checkpoint: its row's window, and the rows before that
         self._rank, self._world_size = rank, world_size
         self.train_rejections: RejectionLog | None = None  # of the training loader, once it is made
+        self.train_loader: StepLoader | None = None
         self._samples_consumed = 0  # where a run without a trainer stands
         self._opened: dict[str, IndexedShards | RecordFile] = {}
         self._split_global_batch(world_size or 1)
@@ -138,13 +144,17 @@ class VLMDataModule(LightningDataModule):
     @property
     def provides(self) -> frozenset[str]:
         """What the batches carry of frozen models, from caches; a stage need not build those."""
-        return self.caches.provides
+        return self.caches.provides | self.vision.provides
 
     @property
     def vocabulary_match(self) -> VocabularyMatch | None:
         """The tokens that the student's and a teacher's own tokenizer share; None when they have one in common."""
         teacher = self.processor.teacher
         return None if teacher is None else match_vocabularies(self.processor.tokenizer, teacher.tokenizer)
+
+    def vision_requests(self) -> list[VisionRequest]:
+        """The vision caches that training and validation read, whether they are there or not."""
+        return self.vision.requests([*self.sources, *self.validation_sources])
 
     def cache_requests(self) -> list[CacheRequest]:
         """The caches that training and validation read, whether they are there or not."""
@@ -185,12 +195,14 @@ class VLMDataModule(LightningDataModule):
 
         if self.provides and self.reader == "streaming":
             raise ValueError(
-                "a teacher cache needs samples by number; set data.reader=indexed or data.teacher_cache=null"
+                "a cache needs samples by number; set data.reader=indexed, or data.teacher_cache=null and "
+                "data.vision_cache=null"
             )
         for sources in (
             (self.sources, self.validation_sources) if stage in (None, "fit") else (self.validation_sources,)
         ):
             self.caches.open(sources)
+            self.vision.open(sources)
 
     def train_dataloader(self) -> StepLoader:
         """The steps from where the run stands to `num_steps`; its length is `num_steps`."""
@@ -200,7 +212,8 @@ class VLMDataModule(LightningDataModule):
         self.train_rejections = self._rejections("train")
         self.train_rejections.forget_after(self.samples_consumed)
         start = lambda: self.samples_consumed // self.global_batch_size  # noqa: E731 - asked when the first step is
-        return self._loader(dataset, self.train_rejections, num_steps=self.num_steps, start=start)
+        self.train_loader = self._loader(dataset, self.train_rejections, num_steps=self.num_steps, start=start)
+        return self.train_loader
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """The validation samples in order, one micro-batch of each rank at a time; nothing is drawn at random."""
@@ -228,6 +241,8 @@ class VLMDataModule(LightningDataModule):
             samples_per_step=chunk,
             micro_batch_size=self.micro_batch_size,
             attach=self.caches.open(sources),
+            features=self.vision.open(sources),
+            pixels=self.vision.pixels,
         )
         return self._loader(dataset, self._rejections(split), num_steps=num_items)
 
@@ -288,6 +303,8 @@ class VLMDataModule(LightningDataModule):
             "samples_per_step": size,
             "micro_batch_size": self.micro_batch_size,
             "attach": self.caches.open(self.sources),
+            "features": self.vision.open(self.sources),
+            "pixels": self.vision.pixels,
         }
         if self.pack_tokens is not None:
             size //= self.micro_batch_size

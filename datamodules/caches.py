@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.sources import Source
+from datamodules.sources import Source, folder_of
 from moevlm.batch import DEFAULT_VIEW, TEACHER_VIEW, EncodedSample
 from moevlm.data.cache_key import CacheKey, hash_model_folder, hash_values
 from moevlm.data.reader import IndexedShards
@@ -59,20 +59,6 @@ def reference_request(shards: str, name: str, model: str, processor: Processor) 
     view = DEFAULT_VIEW if name == "self" else TEACHER_VIEW
     key = _key(shards, model, processor, view, kind="reference", dtype="float32")
     return CacheRequest(shards, key, model, processor, view)
-
-
-def folder_of(source: Source) -> str:
-    """The shard folder that a cache lies beside.
-
-    Raises:
-        ValueError: the source is no folder of shards.
-    """
-    if not isinstance(source.shards, (str, Path)) or not Path(source.shards).is_dir():
-        raise ValueError(
-            f"source {source.name} is no shard folder, and a teacher cache lies beside one; build_shards makes it, or "
-            "set data.teacher_cache=null and data.reference=null"
-        )
-    return str(source.shards)
 
 
 class SampleCaches:

@@ -6,8 +6,9 @@ from functools import partial
 
 from datamodules.base import VLMDataModule
 from datamodules.steps import Encode
-from moevlm.batch import EncodedSample, Record
+from moevlm.batch import Record
 from moevlm.preprocessing.processor import Processor
+from moevlm.preprocessing.text_side import TextSide
 
 
 class InstructionDataModule(VLMDataModule):
@@ -18,6 +19,6 @@ class InstructionDataModule(VLMDataModule):
         return partial(encode_conversation, self.processor)
 
 
-def encode_conversation(processor: Processor, record: Record, source: int, number: int) -> list[EncodedSample]:
+def encode_conversation(processor: Processor, record: Record, source: int, number: int) -> TextSide:
     """The conversation of a record, whatever its place in the plan (`number`)."""
-    return processor.encode(record, source=source)
+    return processor.encode_text(record, source=source)

@@ -9,8 +9,9 @@ from typing import Any
 from datamodules.base import VLMDataModule
 from datamodules.caches import SampleCaches, references_of
 from datamodules.steps import Encode
-from moevlm.batch import EncodedSample, Record
+from moevlm.batch import Record
 from moevlm.preprocessing.processor import Processor
+from moevlm.preprocessing.text_side import TextSide
 
 
 class PreferenceDataModule(VLMDataModule):
@@ -40,6 +41,6 @@ class PreferenceDataModule(VLMDataModule):
         return partial(encode_pair, self.processor)
 
 
-def encode_pair(processor: Processor, record: Record, source: int, number: int) -> list[EncodedSample]:
+def encode_pair(processor: Processor, record: Record, source: int, number: int) -> TextSide:
     """Chosen and rejected, under the pair id `number`, the position of the draw."""
-    return processor.encode(record, source=source, pair_id=number)
+    return processor.encode_text(record, source=source, pair_id=number)

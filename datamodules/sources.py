@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moevlm.data.cache import ShardCache
@@ -51,3 +52,17 @@ def parse_sources(sources: Iterable[Mapping[str, Any]], key: str) -> list[Source
     if len(set(names)) != len(names):
         raise ValueError(f"{key} repeats a name: {', '.join(names)}")
     return parsed
+
+
+def folder_of(source: Source) -> str:
+    """The shard folder that a cache lies beside.
+
+    Raises:
+        ValueError: the source is no folder of shards.
+    """
+    if not isinstance(source.shards, (str, Path)) or not Path(source.shards).is_dir():
+        raise ValueError(
+            f"source {source.name} is no shard folder, and a cache lies beside one; build_shards makes it, or "
+            "set data.teacher_cache=null, data.vision_cache=null and data.reference=null"
+        )
+    return str(source.shards)

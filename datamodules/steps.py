@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -12,17 +13,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from datamodules.caches import Attach
 from datamodules.rejections import RejectedDraw, RejectionLog
+from datamodules.vision_caches import Features
 from moevlm.batch import EncodedSample, Record, VLMBatch
 from moevlm.data.packing import PackedPlan
 from moevlm.data.plan import Draw
 from moevlm.data.rejection import RejectedRecord
 from moevlm.preprocessing.collate import pack
 from moevlm.preprocessing.rejection import RejectedSample
+from moevlm.preprocessing.text_side import TextSide
 
 MAX_ATTEMPTS = 32
 
-Encode = Callable[[Record, int, int], list[EncodedSample]]
-"""(record, source, number that names the draw) -> its sequences."""
+Encode = Callable[[Record, int, int], TextSide]
+"""(record, source, number that names the draw) -> its text, which makes the sequences when its images are wanted."""
 
 
 class Reader(Protocol):
@@ -67,6 +70,7 @@ class StepDataset(Dataset[Step]):
         positions: step -> the positions this rank reads.
         samples_per_step: over all ranks; gives the samples consumed before a step, which its batches carry.
         attach: adds what caches hold of a sample.
+        features: of a sample's images, from a vision cache; with `pixels` the images are decoded as well.
     """
 
     def __init__(
@@ -80,8 +84,10 @@ class StepDataset(Dataset[Step]):
         samples_per_step: int,
         micro_batch_size: int,
         attach: Attach | None = None,
+        features: Features | None = None,
+        pixels: bool = True,
     ) -> None:
-        self.attach = attach
+        self.attach, self.features, self.pixels = attach, features, pixels
         self.readers, self.names, self.plan, self.encode = readers, names, plan, encode
         self.positions, self.samples_per_step, self.micro_batch_size = positions, samples_per_step, micro_batch_size
 
@@ -89,18 +95,22 @@ class StepDataset(Dataset[Step]):
         result = Step()
         groups: list[list[EncodedSample]] = []
         try:
-            for position in self.positions(step):
-                groups.append(self._sample(self.plan.draw(position), result))
+            draws = [self.plan.draw(position) for position in self.positions(step)]
+            for start in range(0, len(draws), self.micro_batch_size):
+                some = draws[start : start + self.micro_batch_size]
+                for draw, text in zip(some, [self._read(draw, draw.sample) for draw in some]):
+                    groups.append(self._sample(draw, text, result))
             result.batches = pack_groups(groups, self.micro_batch_size, step * self.samples_per_step)
         except (ValueError, OSError) as error:
             result.failure = str(error)
         result.num_samples = len(groups)
         return result
 
-    def _sample(self, draw: Draw, result: Step) -> list[EncodedSample]:
+    def _sample(self, draw: Draw, text: TextSide | RejectedDraw, result: Step) -> list[EncodedSample]:
+        """The sequences of a draw, whose text is there already; of a substitute when it cannot be used."""
         number = draw.sample
         for attempt in range(MAX_ATTEMPTS):
-            samples = self._try(draw, number, result)
+            samples = self._finish(draw, number, text if attempt == 0 else self._read(draw, number), result)
             if samples is not None:
                 return samples
             number = self.plan.substitute(draw, attempt)
@@ -110,16 +120,30 @@ class StepDataset(Dataset[Step]):
             f"({last.reason}: {last.detail}); check the source's shards and the processor's settings"
         )
 
-    def _try(self, draw: Draw, number: int, result: Step) -> list[EncodedSample] | None:
-        """The sequences of a sample, or its name among the rejected."""
-        reader = self.readers[draw.source]
+    def _read(self, draw: Draw, number: int) -> TextSide | RejectedDraw:
+        """A sample's text, or why there is none. All texts of a micro-batch come first: images empty the caches."""
         try:
-            samples = self.encode(reader.read(number), draw.source, draw.position)
-            return samples if self.attach is None else self.attach(samples, draw.source, number)
+            return self.encode(self.readers[draw.source].read(number), draw.source, draw.position)
         except (RejectedRecord, RejectedSample) as rejected:
-            source, key = self.names[draw.source], reader.name(number)
-            result.rejected.append(RejectedDraw(draw.position, source, key, rejected.reason, rejected.detail))
-            return None
+            return self._rejected(draw, number, rejected)
+
+    def _finish(
+        self, draw: Draw, number: int, text: TextSide | RejectedDraw, result: Step
+    ) -> list[EncodedSample] | None:
+        """The sequences of a sample, or its name among the rejected."""
+        if isinstance(text, TextSide):
+            try:
+                found = None if self.features is None else self.features(draw.source, number, text.record.key)
+                samples = text.with_images(found, pixels=self.pixels)
+                return samples if self.attach is None else self.attach(samples, draw.source, number)
+            except (RejectedRecord, RejectedSample) as rejected:
+                text = self._rejected(draw, number, rejected)
+        result.rejected.append(text)
+        return None
+
+    def _rejected(self, draw: Draw, number: int, why: RejectedRecord | RejectedSample) -> RejectedDraw:
+        key = self.readers[draw.source].name(number)
+        return RejectedDraw(draw.position, self.names[draw.source], key, why.reason, why.detail)
 
 
 class PackedStepDataset(StepDataset):
@@ -138,8 +162,10 @@ class PackedStepDataset(StepDataset):
         try:
             for number in self.positions(step):
                 draws = [self.plan.draw(position) for position in self.rows.row(number)]
-                tried = [self._try(draw, draw.sample, result) for draw in draws]
-                groups = [samples for samples in tried if samples is not None] or [self._sample(draws[0], result)]
+                texts = [self._read(draw, draw.sample) for draw in draws]
+                tried = [self._finish(draw, draw.sample, text, result) for draw, text in zip(draws, texts)]
+                groups = [samples for samples in tried if samples is not None]
+                groups = groups or [self._sample(draws[0], self._read(draws[0], draws[0].sample), result)]
                 result.batches.append(pack([one for group in groups for one in group], step * self.samples_per_step))
                 result.num_samples += len(draws)
         except (ValueError, OSError) as error:
@@ -187,6 +213,7 @@ class StepLoader:
         prefetch_factor: int = 2,
     ) -> None:
         self.num_steps, self.rejections, self.start = num_steps, rejections, start
+        self.waited_seconds = 0.0  # that whoever iterates has waited for steps, all passes together
         streaming = isinstance(dataset, IterableDataset)
         self.loader: DataLoader[Step] = DataLoader(
             dataset,
@@ -212,8 +239,12 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[list[VLMBatch]]:
         remaining = self.num_steps - self.start()
-        for step in self.loader:
-            if remaining <= 0:
+        steps = iter(self.loader)
+        while remaining > 0:
+            began = time.perf_counter()
+            step = next(steps, None)
+            self.waited_seconds += time.perf_counter() - began
+            if step is None:
                 return
             self.rejections.record(step.rejected, step.num_samples)  # of one step: nothing is fetched ahead of it
             if step.failure:

@@ -83,7 +83,7 @@ class StreamingSteps(IterableDataset[Step]):
                 step.rejected.append(RejectedDraw(position, name, record.key, record.reason, record.detail))
                 continue
             try:
-                return self.encode(record, source, position)
+                return self.encode(record, source, position).with_images()
             except RejectedSample as rejected:
                 step.rejected.append(RejectedDraw(position, name, record.key, rejected.reason, rejected.detail))
         last = step.rejected[-1]

@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import hydra
@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.composition_errors import explain
+from moevlm.benchmarks.shares import told
 
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException)
 """What a config or data can cause. Anything else is a defect of ours and keeps its traceback."""
@@ -41,7 +42,8 @@ def program(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
     """A task over a composed config becomes a program: ``@program("train")`` on ``main(cfg)``.
 
     User errors, those of composing the config included, end in one line and exit code 2; ``MOEVLM_TRACEBACK=1`` shows
-    where they came from. In a sweep the remaining trials run, and a summary of the failed ones ends it.
+    where they came from. ``MOEVLM_PROFILE=1`` prints where the time went. In a sweep the remaining trials run, and a
+    summary of the failed ones ends it.
 
     Args:
         config_name: the entry config in ``conf/``, without ``.yaml``.
@@ -94,7 +96,8 @@ def _reported(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         log_to_terminal()
         quiet_libraries()
         try:
-            return task(cfg)
+            with told() if os.environ.get("MOEVLM_PROFILE") == "1" else nullcontext():
+                return task(cfg)
         except Exception as error:
             message = error_message(error)
             is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

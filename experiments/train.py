@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.cache_teacher import prepare_references
+from experiments.cache_teacher import leave_missing_references, prepare_references
 from experiments.instantiate import plain
 from experiments.launching import end_with_parent, is_worker, launch, num_devices
 from experiments.program import program
@@ -48,6 +48,7 @@ def train(cfg: DictConfig, run_folder: Path, overrides: list[str]) -> dict[str, 
             return read_json(run_folder / "result.json")
     else:
         end_with_parent()
+    leave_missing_references(cfg)
     try:
         with sole_writer(run_folder) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext():
             return fit(cfg, run_folder)

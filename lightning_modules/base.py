@@ -15,7 +15,13 @@ from lightning_modules.objective import Objective, StepRouting, Weight
 from lightning_modules.reports import model_counts
 from lightning_modules.router_losses import domain_losses, router_losses, update_selection_biases
 from lightning_modules.stage import MakeOptimizer, MakeScheduler, Stage, StageSettings
-from lightning_modules.teachers import TeacherOptions, has_same_vision, place_teacher, shared_features
+from lightning_modules.teachers import (
+    TeacherOptions,
+    check_vision_cache,
+    has_same_vision,
+    place_teacher,
+    shared_features,
+)
 from moevlm.batch import TEACHER_VIEW, Head, VLMBatch, VLMOutput
 from moevlm.losses.fused import check_kernel
 from moevlm.losses.language_modeling import cross_entropy
@@ -92,6 +98,7 @@ class VLMStage(Stage):
 
     def set_model(self, model: VLM) -> None:
         """Freeze and shard the model, and make it the one that trains."""
+        check_vision_cache(model, self.trainable, self.provided())
         self.model = self.shard(freeze_except(model, self.trainable).train())
 
     def set_beside(self, modules: nn.ModuleDict) -> None:
@@ -150,6 +157,8 @@ class VLMStage(Stage):
             keep: what else it returns, see `VLM.forward`.
         """
         frozen = self.frozen[name]
+        if not frozen.shares_vision and view in batch.features:  # of another encoder than this model's
+            batch = dataclasses.replace(batch, features={})
         features = shared_features(batch, student, view=view) if frozen.shares_vision else None
         return frozen.model(batch, view=view, visual_features=features, **keep)  # type: ignore[no-any-return]
 

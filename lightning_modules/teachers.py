@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from moevlm.losses.mean import Mean
 from moevlm.models.offloading import stream_blocks
 from moevlm.models.quantization import check_quantization, quantize_linears
 from moevlm.models.sharding import shard
+from moevlm.models.vision_weights import hash_encoder
 from moevlm.models.vlm import VLM
 
 PLACEMENTS = ("auto", "sharded", "replicated", "offloaded")
@@ -125,6 +126,23 @@ def has_same_vision(student: VLM, teacher: VLM, trainable: Sequence[str]) -> boo
         own[name].shape == value.shape and torch.equal(own[name].to(value.dtype), value)
         for name, value in theirs.items()
     )
+
+
+def check_vision_cache(model: VLM, trainable: Sequence[str], provided: Collection[str]) -> None:
+    """Refuse cached features of another encoder than the model's, or for one that trains."""
+    stored = [name.removeprefix("vision:") for name in provided if name.startswith("vision:")]
+    if not stored:
+        return
+    encoder, remedy = model.vision_encoder, "set data.vision_cache.enabled=false"
+    if encoder is None:
+        raise ValueError(f"a blind model reads no image features; {remedy}")
+    if any(re.search(p, f"vision_encoder.{name}") for p in trainable for name, _ in encoder.named_parameters()):
+        raise ValueError(f"the vision encoder trains, so its features cannot come from a cache; {remedy}")
+    if hash_encoder(encoder) != stored[0]:
+        raise ValueError(
+            "the cached features are of another vision encoder than the model's; set data.vision_cache.vision_encoder "
+            f"and weights to the model's, or {remedy}"
+        )
 
 
 def shared_features(batch: VLMBatch, output: VLMOutput, *, view: str) -> torch.Tensor | None:

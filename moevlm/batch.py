@@ -165,6 +165,7 @@ class VLMBatch:
     teacher_batch: VLMBatch | None = None  # the same conversations in a teacher's own tokenizer
     spans: AlignedSpans | None = None  # where the two say the same; with `teacher_batch` only
     scales: dict[str, PixelScale] = field(default_factory=dict)  # of the views whose images are levels
+    features: dict[str, Tensor] = field(default_factory=dict)  # view -> [M, P, width], of a frozen encoder's cache
 
     @property
     def num_sequences(self) -> int:
@@ -192,6 +193,11 @@ class VLMBatch:
     def view(self, name: str) -> Tensor:
         """[N, 3, H, W] float, normalised by the named transform; a model without a view of its own sees the default."""
         view = name if name in self.images else DEFAULT_VIEW
+        if view not in self.images:
+            raise ValueError(
+                "the batch carries cached features and no pixels, and a model with a vision encoder of its own needs "
+                "these; set data.vision_cache.pixels=true, or data.vision_cache.enabled=false"
+            )
         pixels, scale = self.images[view], self.scales.get(view)
         return pixels if scale is None else scale.normalise(pixels)
 
@@ -243,6 +249,10 @@ class VLMBatch:
             cached_rows=None if self.cached_rows is None else self.cached_rows.map(lambda value: value[targets_R]),
             reference_log_probs={name: value[rows_B] for name, value in self.reference_log_probs.items()},
             scales=self.scales,
+            features={
+                view: features[_index(self.input_ids, self._pictures(view, images))]
+                for view, features in self.features.items()
+            },
         )
 
     def _pictures(self, view: str, images: Sequence[int]) -> list[int]:
@@ -255,6 +265,7 @@ class VLMBatch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> VLMBatch:
         changed = _map_tensors(self, function)
         changed.images = {name: function(tensor) for name, tensor in self.images.items()}
+        changed.features = {name: function(tensor) for name, tensor in self.features.items()}
         changed.reference_log_probs = {name: function(tensor) for name, tensor in self.reference_log_probs.items()}
         changed.cached_rows = None if self.cached_rows is None else self.cached_rows.map(function)
         changed.teacher_batch = None if self.teacher_batch is None else self.teacher_batch._map(function)
@@ -387,6 +398,7 @@ class EncodedSample:
     spans: Tensor | None = None  # [K, 4] int64, as in AlignedSpans, within the sample
     tilings: Mapping[str, Sequence[Tiling]] = field(default_factory=dict)  # tiled views only: [n], m tiles in all
     scales: Mapping[str, PixelScale] = field(default_factory=dict)  # of the views whose images are levels
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # as in VLMBatch; then pixels may be missing
 
 
 def tilings_of(item: VLMBatch | EncodedSample, view: str) -> tuple[Tiling, ...] | None:

@@ -17,12 +17,17 @@ from moevlm.models.vlm import VLM
 
 
 class ThroughputMonitor(Callback):
-    """Log ``perf/tokens_per_second``, ``perf/samples_per_second``, ``perf/peak_memory_gib``; on request ``perf/mfu``.
+    """Log tokens and samples a second, peak memory, waiting for data; on request MFU.
+
+    ``perf/tokens_per_second``, ``perf/samples_per_second``, ``perf/peak_memory_gib``, ``perf/data_wait_fraction``,
+    ``perf/mfu``.
 
     Tokens are those the student's decoder sees, visual tokens included; tokens and samples are those of all ranks, over
     the last `every_n_steps` steps. The clock includes waiting for data and excludes validation. Memory is the peak on
     this rank's GPU since the start, or of the process on a CPU. MFU are the model's FLOPs of this rank's micro-batches
     (`moevlm.models.counting.training_flops`) over what `ceiling_tflops` gives in that time, a teacher's left out.
+    The waiting is the share of that time in which this rank's main process asked the loader for a step; a GPU that has
+    work queued may notice nothing of it. Data whose loader does not count it logs none.
     """
 
     def __init__(self, every_n_steps: int = 10, ceiling_tflops: float | None = None) -> None:
@@ -45,10 +50,12 @@ class ThroughputMonitor(Callback):
         self.every_n_steps, self.ceiling_tflops = every_n_steps, ceiling_tflops
         self._since, self._seconds = 0.0, 0.0
         self._num_steps, self._num_tokens, self._num_samples, self._flop = 0, 0.0, 0.0, 0.0
+        self._waited = 0.0  # of the loader, when the present value began
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._reset()
         self._since = time.perf_counter()
+        self._waited = waited_seconds(trainer) or 0.0
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._since = time.perf_counter()
@@ -70,6 +77,10 @@ class ThroughputMonitor(Callback):
             "perf/samples_per_second": self._num_samples / self._seconds,
             "perf/peak_memory_gib": peak_memory_gib(pl_module.device),
         }
+        waited = waited_seconds(trainer)
+        if waited is not None:
+            values["perf/data_wait_fraction"] = (waited - self._waited) / self._seconds
+            self._waited = waited
         if self._flop and self.ceiling_tflops is not None:
             values["perf/mfu"] = self._flop / self._seconds / (self.ceiling_tflops * 1e12)
         pl_module.log_dict(values, on_step=True, on_epoch=False, rank_zero_only=True)
@@ -78,6 +89,11 @@ class ThroughputMonitor(Callback):
     def _reset(self) -> None:
         self._seconds, self._num_steps = 0.0, 0
         self._num_tokens, self._num_samples, self._flop = 0.0, 0.0, 0.0
+
+
+def waited_seconds(trainer: lightning.Trainer) -> float | None:
+    """What the training loader has been waited for since it was made; None where nothing counts that."""
+    return getattr(getattr(getattr(trainer, "datamodule", None), "train_loader", None), "waited_seconds", None)
 
 
 def _flop(model: VLM, batch: VLMBatch) -> float:

@@ -3,20 +3,23 @@
 A step is eight samples: read from a tar, decoded, resized, tokenized and packed, as a loader worker does it; pixels
 leave as 8-bit levels. The floor of a case decodes and resizes the eight images with the same libraries and does nothing
 else. The last case is a loader with workers: each row takes four batches from every worker, so that with perfect
-scaling all rows take the seconds of the first.
+scaling all rows take the seconds of the first. By itself (``python -m moevlm.benchmarks.loader``) it prints the floor
+and the loader batch by batch in turn, the rate of several workers over one, and the share of a step that is waited.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +37,9 @@ from moevlm.preprocessing.processor import Processor
 from moevlm.preprocessing.tokenizer_training import train_tokenizer
 
 BATCH = 8
+SAMPLES_A_SECOND = (32, 128)
+"""What a consumer takes: a GPU that trains a 1.8B model (16 samples in 0.51 s, docs/performance.md); four of them."""
+
 WAYS: dict[str, dict[str, Any]] = {
     "pil": {},
     "torch": {"resizer": "torch"},
@@ -58,7 +64,7 @@ class Problem:
 
 
 PROBLEMS = {
-    "full": (Problem("640 x 480", 640, 480, workers=(1, 2, 4, 8)), Problem("1280 x 960", 1280, 960)),
+    "full": (Problem("640 x 480", 640, 480, workers=(1, 2, 4, 8, 16)), Problem("1280 x 960", 1280, 960)),
     "tiny": (Problem("64 x 48", 64, 48, side=32, num_samples=16, workers=(1,)),),
 }
 
@@ -121,7 +127,8 @@ class Batches(Dataset[VLMBatch]):
     def __getitem__(self, number: int) -> VLMBatch:
         first = number * BATCH % len(self.shards)
         records = [self.shards.read(first + place) for place in range(BATCH)]
-        return pack([sample for record in records for sample in self.processor.encode(record)])
+        texts = [self.processor.encode_text(record) for record in records]  # texts first, as `datamodules.steps` does
+        return pack([sample for text in texts for sample in text.with_images()])
 
 
 def _bare(problem: Problem, shards: IndexedShards, options: dict[str, Any]) -> Work:
@@ -160,25 +167,89 @@ def _workers(shards: IndexedShards, problem: Problem, num_workers: int) -> Work:
     return Work(step, units={"image": taken * BATCH})
 
 
-def _batches_of_workers(shards: IndexedShards, problem: Problem, num_workers: int) -> Iterator[VLMBatch]:
+def _batches_of_workers(
+    shards: IndexedShards, problem: Problem, num_workers: int, *, pin_memory: bool = False
+) -> Iterator[VLMBatch]:
     batches = Batches(shards, make_processor(problem, WAYS["torch"]), 1 << 20)
     options: dict[str, Any] = {"batch_size": None, "collate_fn": _as_it_is, "prefetch_factor": 2}
+    options["pin_memory"] = pin_memory
     return iter(DataLoader(batches, num_workers=num_workers, **options))
 
 
-def waiting_share(problem: Problem, *, num_workers: int, step_seconds: float, steps: int = 40) -> float:
-    """Share of the time that a consumer of one micro-batch every `step_seconds` waits for it."""
+def scaling(problem: Problem, counts: Sequence[int], *, seconds: float = 2.0) -> dict[int, float]:
+    """Images a second for each number of workers, in the time after every worker has handed over two batches."""
+    rates = {}
     with tempfile.TemporaryDirectory() as folder:
-        iterator = _batches_of_workers(make_shards(problem, Path(folder)), problem, num_workers)
+        shards = make_shards(problem, Path(folder))
+        for num_workers in counts:
+            iterator, taken = _batches_of_workers(shards, problem, num_workers), 0
+            for _ in range(4 * num_workers):  # what is prefetched and twice that
+                next(iterator)
+            start = time.perf_counter()
+            while time.perf_counter() - start < seconds or taken < num_workers:
+                next(iterator)
+                taken += 1
+            rates[num_workers] = taken * BATCH / (time.perf_counter() - start)
+            del iterator  # ends the workers
+    return rates
+
+
+class Waiting(NamedTuple):
+    """Shares of the time of some steps."""
+
+    data: float  # the main process waits for the loader
+    copying: float  # and hands the batch to the device
+
+
+def waiting_share(
+    problem: Problem, *, num_workers: int, step_seconds: float, steps: int = 40, device: torch.device | None = None
+) -> Waiting:
+    """What a consumer of one micro-batch every `step_seconds` waits for.
+
+    On a GPU the step is a real one: products that take so long, queued behind the copy of a pinned batch.
+    """
+    work = _Busy(device, step_seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        shards, on_gpu = make_shards(problem, Path(folder)), device is not None and device.type == "cuda"
+        iterator = _batches_of_workers(shards, problem, num_workers, pin_memory=on_gpu)
         for _ in range(2 * num_workers):
             next(iterator)
-        waited, start = 0.0, time.perf_counter()
+        waited, copied, start = 0.0, 0.0, time.perf_counter()
         for _ in range(steps):
-            before = time.perf_counter()
-            next(iterator)
-            waited += time.perf_counter() - before
-            time.sleep(step_seconds)
-        return waited / (time.perf_counter() - start)
+            times = [time.perf_counter()]
+            batch = next(iterator)
+            times.append(time.perf_counter())
+            if on_gpu and device is not None:
+                batch.to(device, non_blocking=True).view("default")
+            times.append(time.perf_counter())
+            waited, copied = waited + times[1] - times[0], copied + times[2] - times[1]
+            work()
+        total = time.perf_counter() - start
+        return Waiting(waited / total, copied / total)
+
+
+class _Busy:
+    """A step of some length: products on a GPU, sleep elsewhere."""
+
+    def __init__(self, device: torch.device | None, seconds: float) -> None:
+        self.device, self.seconds, self.repeats = device, seconds, 0
+        if device is None or device.type != "cuda":
+            return
+        self.matrix = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+        self.repeats = 20
+        for _ in range(3):  # the last is the measure
+            start = time.perf_counter()
+            self()
+            once = (time.perf_counter() - start) / self.repeats
+        self.repeats = max(1, round(seconds / once))
+
+    def __call__(self) -> None:
+        if self.device is None or self.device.type != "cuda":
+            time.sleep(self.seconds)
+            return
+        for _ in range(self.repeats):
+            torch.mm(self.matrix, self.matrix)
+        torch.cuda.synchronize(self.device)
 
 
 def _as_it_is(item: VLMBatch) -> VLMBatch:
@@ -199,17 +270,38 @@ def interleaved(problem: Problem, way: str, *, rounds: int = 40, clock: Callable
     return BATCH / float(np.median(seconds[0])), BATCH / float(np.median(seconds[1]))
 
 
-def main() -> None:
-    """Print interleaved rates in CPU time, for a machine that others use, too."""
+def report(size: str = "full", *, rounds: int = 40, seconds: float = 2.0) -> None:
+    """Print interleaved rates in CPU time, which bear a machine that others use; scaling and waiting, which do not."""
     torch.set_num_threads(1)
-    for problem in PROBLEMS["full"]:
+    cores = len(os.sched_getaffinity(0))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for problem in PROBLEMS[size]:
         for way in WAYS:
-            floor, ours = interleaved(problem, way, clock=time.process_time)
+            floor, ours = interleaved(problem, way, rounds=rounds, clock=time.process_time)
             print(f"{problem.name:12} {way:14} decode + resize {floor:5.0f}  loader {ours:5.0f}  {ours / floor:.2f}")
-    for num_workers in (1, 2, 4):
-        for rate in (30, 120):  # samples a second: what a large and a small model take
-            share = waiting_share(PROBLEMS["full"][0], num_workers=num_workers, step_seconds=BATCH / rate)
-            print(f"{num_workers} workers, {rate} samples a second: waits {100 * share:.2f} % of the time")
+    first = PROBLEMS[size][0]
+    rates = scaling(first, first.workers, seconds=seconds)
+    for num_workers, rate in rates.items():
+        one = rates[first.workers[0]]
+        print(f"{num_workers:2} workers on {cores} cores: {rate:6.0f} images/s, {rate / one:5.2f} times one")
+    for samples in SAMPLES_A_SECOND:
+        for num_workers in [number for number in first.workers if number <= cores]:
+            step = BATCH / samples
+            shares = waiting_share(
+                first, num_workers=num_workers, step_seconds=step, steps=max(8, int(seconds / step)), device=device
+            )
+            told = f"waits {100 * shares.data:5.2f} % of the time for data, {100 * shares.copying:.2f} % for the copy"
+            print(f"{num_workers:2} workers, {samples} samples a second on {device.type}: {told}", flush=True)
+
+
+def main() -> None:
+    """Read how long to measure from the command line."""
+    parser = argparse.ArgumentParser(description=report.__doc__)
+    parser.add_argument("--size", choices=list(PROBLEMS), default="full")
+    parser.add_argument("--rounds", type=int, default=40, help="batches of each interleaved rate")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each number of workers")
+    chosen = parser.parse_args()
+    report(chosen.size, rounds=chosen.rounds, seconds=chosen.seconds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the wall time of a training process goes: its main thread's stack, looked at every few milliseconds.
+"""Where the wall time of a program goes: its main thread's stack, looked at every few milliseconds.
 
 Sampling costs nothing that could be seen and needs no hooks in what is measured; a backward pass, which runs in threads
 of its own, shows as the main thread waiting for it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +19,28 @@ Frame = tuple[str, str]
 
 PARTS: tuple[tuple[str, str, str], ...] = (
     ("imports", "importlib", ""),
+    ("data", "utils/data/dataloader", "__next__"),
     ("validation", "evaluation_loop", ""),
     ("optimizer", "torch/optim/", ""),
     ("backward", "torch/autograd/", "backward"),
     ("checkpoints", "callbacks/checkpoint", ""),
     ("checkpoints", "checkpoint_io", ""),
     ("checkpoints", "checkpoint_connector", ""),
-    ("data", "utils/data/dataloader", "__next__"),
     ("data", "datamodules/", ""),
     ("forward and losses", "", "compute_losses"),
+    ("generation", "evaluation/generation", "generate"),
+    ("gold answers", "evaluation/perplexity", "gold_nlls"),
+    ("teacher passes", "evaluation/teacher_caching", "_ask"),
+    ("routing records", "analysis/collect", ""),
+    ("pixels and tokens", "moevlm/preprocessing", ""),
+    ("drawing scenes", "world/rendering", ""),
+    ("texts of scenes", "moevlm/world/", ""),
+    ("checking images", "image_files", "check_image"),
+    ("reading records", "data/records", ""),
+    ("writing shards", "data/shards", ""),
+    ("figures", "matplotlib", ""),
+    ("figures", "analysis/figures", ""),
+    ("loading models", "models/pretrained", ""),
     ("logging", "logger", ""),
     ("logging", "logging", ""),
     ("logging", "wandb", ""),
@@ -36,7 +50,16 @@ PARTS: tuple[tuple[str, str, str], ...] = (
 )
 """Name, part of a file's path, start of a function's name; the first line that some frame of a stack fits names it."""
 
-MODEL_MATH = ("forward and losses", "backward", "optimizer", "validation")
+MODEL_MATH = (
+    "forward and losses",
+    "backward",
+    "optimizer",
+    "validation",
+    "generation",
+    "gold answers",
+    "teacher passes",
+    "routing records",
+)
 START_AND_END = "start and end"
 
 
@@ -84,6 +107,18 @@ def _stack(frame: FrameType | None) -> list[Frame]:
         found.append((frame.f_code.co_filename, frame.f_code.co_name))
         frame = frame.f_back
     return found
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Sample the block, and print its shares."""
+    before, start = time.process_time(), time.perf_counter()
+    try:
+        with sampled() as samples:
+            yield
+    finally:
+        print(describe(samples, time.perf_counter() - start))
+        print(f"before that, imports and configs: {before:.0f} s of CPU time")
 
 
 def describe(samples: Samples, seconds: float) -> str:

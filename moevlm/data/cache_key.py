@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, ClassVar
 
 from moevlm.batch import EncodedSample
+from moevlm.data.sample_cache import Key
 
-FORMAT = 1
 KINDS = ("top_k", "sampled", "hidden", "reference")
 NO_TOKENS = 0
 """Token hash of a sample that could not be encoded."""
 
-Values = dict[str, np.ndarray]
-"""Field -> [R, width]; R supervised tokens of a sample, or for kind "reference" its sequences."""
-
 
 @dataclass(frozen=True)
-class CacheKey:
-    """What cached numbers depend on."""
+class CacheKey(Key):
+    """What a teacher's cached numbers depend on. A row is a supervised token, or of kind "reference" a sequence."""
 
+    what: ClassVar[str] = "teacher"
+    program: ClassVar[str] = "experiments.cache_teacher"
     kind: str  # top_k, sampled, hidden (rows of supervised tokens) or reference (a log-probability for each sequence)
     teacher: str  # hash of the model folder
     template: str  # hash of tokenizer and chat template
@@ -46,11 +42,6 @@ class CacheKey:
         if self.dtype not in ("float32", "float16", *(["bfloat16"] if self.kind == "hidden" else [])):
             raise ValueError(f"a {self.kind} cache cannot store {self.dtype}; set data.teacher_cache.dtype")
 
-    def folder(self, shards: str | Path) -> Path:
-        """Where it lies, beside the shards."""
-        text = json.dumps([FORMAT, dataclasses.asdict(self)], sort_keys=True)
-        return Path(shards) / f"teacher_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
     @property
     def fields(self) -> list[tuple[str, str, int]]:
         """(field, numpy dtype, width) of a row, in the order in which they lie in the file."""
@@ -66,10 +57,6 @@ class CacheKey:
             stored = {"float16": "<f2", "float32": "<f4", "bfloat16": "<u2"}[self.dtype]  # numpy has no bfloat16
             return [("hidden_states", stored, self.width)]
         return [("log_probs", "<f4", 1)]
-
-    @property
-    def row_bytes(self) -> int:
-        return sum(np.dtype(dtype).itemsize * width for _, dtype, width in self.fields)
 
 
 def hash_model_folder(folder: str | Path) -> str:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from moevlm.batch import IGNORE_INDEX, TEACHER_VIEW, CachedRows, EncodedSample, VLMBatch, VLMOutput
-from moevlm.data.cache_key import NO_TOKENS, CacheKey, Values, token_hash
+from moevlm.data.cache_key import NO_TOKENS, CacheKey, token_hash
 from moevlm.data.reader import IndexedShards
 from moevlm.data.rejection import RejectedRecord
-from moevlm.data.teacher_cache import write_cache
+from moevlm.data.sample_cache import Values, write_cache
 from moevlm.losses.log_probs import sequence_log_probs
 from moevlm.losses.stored_rows import sampled_rows, top_k_rows
 from moevlm.models.pretrained import load_pretrained

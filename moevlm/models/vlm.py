@@ -275,19 +275,32 @@ class VLM(nn.Module):
         """[N, P, width]. Without images one zero image runs all the same: under FSDP2 every rank runs every module."""
         if self.vision_encoder is None:
             return None
+        tilings = batch.view_tilings(view)
+        pictures = batch.num_images if tilings is None else sum(tiling.num_tiles for tiling in tilings)
+        if view in batch.features:
+            return self._stored_features(batch, batch.features[view], pictures)
         if batch.num_images == 0:
             size = self.vision_encoder.image_size
             images_N3HW = torch.zeros(1, 3, size, size, device=batch.input_ids.device)
         else:
             images_N3HW = batch.view(view)
-            tilings = batch.view_tilings(view)
-            pictures = batch.num_images if tilings is None else sum(tiling.num_tiles for tiling in tilings)
             if images_N3HW.shape[0] != pictures:
                 what = f"{batch.num_images} placeholders" if tilings is None else f"{pictures} tiles"
                 raise ValueError(f"{images_N3HW.shape[0]} images for {what} in batch {batch.keys}")
         trains = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             return self.vision_encoder(images_N3HW)  # type: ignore[no-any-return]
+
+    def _stored_features(self, batch: VLMBatch, features_MPD: Tensor, pictures: int) -> Tensor:
+        """Of a cache; `VLMStage` has compared its encoder with this one. Zeros stand for the zero image of above."""
+        assert self.vision_encoder is not None
+        size = (self.vision_encoder.num_tokens, self.vision_encoder.width)
+        if features_MPD.shape != (pictures, *size):
+            raise ValueError(
+                f"cached features of {tuple(features_MPD.shape)} for {pictures} pictures of {size} in batch "
+                f"{batch.keys}; run experiments.cache_vision again"
+            )
+        return features_MPD if pictures else features_MPD.new_zeros(1, *size)
 
     @property
     def _neutral_token_id(self) -> int:

@@ -57,6 +57,7 @@ def pack(samples: Sequence[EncodedSample], position: int = -1) -> VLMBatch:
         num_pairs=_count_pairs(samples),
         tilings=_merge_tilings(samples),
         scales=_merge_scales(samples),
+        features=_merge_features(samples),
         cached_rows=_merge_cached_rows(samples),
         reference_log_probs={
             name: torch.tensor([sample.reference_log_probs[name] for sample in samples])
@@ -89,19 +90,21 @@ def _check(samples: Sequence[EncodedSample], input_ids_T: Tensor, labels_T: Tens
 
 
 def _check_images(sample: EncodedSample, num_images: int) -> None:
-    for view, images_N3HW in sample.images.items():
+    for view, images_N3HW in [*sample.images.items(), *sample.features.items()]:
         tilings = sample.tilings.get(view)
         found = len(images_N3HW) if tilings is None else len(tilings)
         if found != num_images:
             raise ValueError(f"sample {sample.key}: {num_images} image placeholders, {found} images in view {view!r}")
         if tilings is not None and sum(tiling.num_tiles for tiling in tilings) != len(images_N3HW):
             raise ValueError(f"sample {sample.key}: {len(images_N3HW)} tiles in view {view!r}, not those of {tilings}")
-    if num_images and DEFAULT_VIEW not in sample.images:
+    if num_images and DEFAULT_VIEW not in {*sample.images, *sample.features}:
         raise ValueError(f"sample {sample.key}: {num_images} image placeholders but no images")
 
 
 def _merge_views(samples: Sequence[EncodedSample], num_images: int) -> dict[str, Tensor]:
     merged: dict[str, Tensor] = {}
+    if all(sample.features and not sample.images for sample in samples):
+        return merged
     for view in dict.fromkeys([DEFAULT_VIEW, *(view for sample in samples for view in sample.images)]):
         seen = [sample for sample in samples if view in sample.images]
         parts = [sample.images[view] for sample in seen]
@@ -110,6 +113,15 @@ def _merge_views(samples: Sequence[EncodedSample], num_images: int) -> dict[str,
         if found != num_images:
             raise ValueError(f"view {view!r} has {found} images, the micro-batch {num_images}")
     return merged
+
+
+def _merge_features(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
+    names = dict.fromkeys(view for sample in samples for view in sample.features)
+    for view in names:
+        missing = [sample.key for sample in samples if view not in sample.features]
+        if missing:
+            raise ValueError(f"sample {missing[0]} has no cached features, others of its micro-batch have; write them")
+    return {view: torch.cat([sample.features[view] for sample in samples]) for view in names}
 
 
 def _merge_tilings(samples: Sequence[EncodedSample]) -> dict[str, tuple[Tiling, ...]]:

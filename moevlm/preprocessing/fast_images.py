@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 import simplejpeg
 import torch
@@ -12,19 +15,40 @@ TABLES = (0xC4, 0xDB, 0xDD, 0xFE)  # Huffman tables, quantisation, restart inter
 TORCH_MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 
 
-def decode_jpeg(data: bytes, least_size: tuple[int, int] | None = None) -> np.ndarray | None:
+def decode_jpeg(data: bytes, least_size: tuple[int, int] | None = None, *, colours: str = "RGB") -> np.ndarray | None:
     """An RGB JPEG's pixels [H, W, 3], the same that Pillow gives; None where Pillow should judge the file.
 
     Args:
+        colours: "RGBX" gives [H, W, 4], as Pillow keeps its pictures.
         least_size: height and width that are enough: the file is decoded at 1/8 ... 7/8 of its size when that leaves so
             much (draft scaling, in the decoder's own frequency domain; the pixels are not those of a later resize).
     """
     height, width = least_size or (0, 0)
     try:
-        pixels_HW3: np.ndarray = simplejpeg.decode_jpeg(data, min_height=height, min_width=width)
+        pixels_HW3: np.ndarray = simplejpeg.decode_jpeg(data, colours, min_height=height, min_width=width)
     except (ValueError, RuntimeError):
         return None
     return pixels_HW3
+
+
+def decode_jpeg_image(data: bytes, least_size: tuple[int, int] | None = None) -> Image.Image | None:
+    """`decode_jpeg` as an image of Pillow, which looks at the decoder's memory instead of copying it."""
+    arrow = _arrow()
+    pixels = decode_jpeg(data, least_size, colours="RGB" if arrow is None else "RGBX")
+    if pixels is None or arrow is None:
+        return None if pixels is None else Image.fromarray(pixels)
+    flat = arrow.Array.from_buffers(arrow.uint8(), pixels.size, [None, arrow.py_buffer(pixels)])
+    return Image.fromarrow(arrow.FixedSizeListArray.from_arrays(flat, 4), "RGB", (pixels.shape[1], pixels.shape[0]))
+
+
+@functools.cache
+def _arrow() -> Any:
+    """pyarrow, the public way to hand memory to Pillow; None where either is too old, and pixels are copied."""
+    try:
+        import pyarrow
+    except ImportError:
+        return None
+    return pyarrow if hasattr(Image, "fromarrow") else None
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:

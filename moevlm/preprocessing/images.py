@@ -18,7 +18,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from moevlm.batch import PixelScale, Tiling
-from moevlm.preprocessing.fast_images import TORCH_MODES, decode_jpeg, plain_jpeg_size, resize_in_torch
+from moevlm.preprocessing.fast_images import (
+    TORCH_MODES,
+    decode_jpeg,
+    decode_jpeg_image,
+    plain_jpeg_size,
+    resize_in_torch,
+)
 from moevlm.preprocessing.rejection import RejectedSample
 from moevlm.preprocessing.tiles import check_grids, cut, tiling_of
 
@@ -39,6 +45,10 @@ ORIENTATION_TAG = 0x0112  # EXIF
 
 ImageSource = bytes | Image.Image
 
+with warnings.catch_warnings():  # torch says once that it cannot protect bytes; levels are copied and never written
+    warnings.simplefilter("ignore")
+    torch.frombuffer(b"0", dtype=torch.uint8)
+
 
 def decode_image(source: ImageSource, least_side: int | None = None) -> Image.Image:
     """An upright 8-bit RGB image.
@@ -53,22 +63,24 @@ def decode_image(source: ImageSource, least_side: int | None = None) -> Image.Im
         RejectedSample: unreadable_image, animated_image, image_too_large, image_too_elongated, unsupported_image_mode.
     """
     picture = _decode(source, least_side)
-    return Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    assert isinstance(picture, Image.Image)
+    return picture
 
 
-def _decode(source: ImageSource, least_side: int | None) -> Image.Image | np.ndarray:
-    """`decode_image`; an array [H, W, 3] where it came out as one."""
+def _decode(source: ImageSource, least_side: int | None, *, as_array: bool = False) -> Image.Image | np.ndarray:
+    """`decode_image`; with `as_array` an array [H, W, 3] where that is the shorter way."""
     least = None if least_side is None else (least_side, least_side)
+    decode = decode_jpeg if as_array else decode_jpeg_image
     with _named_faults():
         size = plain_jpeg_size(source) if isinstance(source, bytes) else None
         if isinstance(source, bytes) and size is not None:
             _check_size(*size)
-            pixels = decode_jpeg(source, least)
+            pixels = decode(source, least)
             if pixels is not None:
                 return pixels
         image = _open(source)
         if isinstance(source, bytes) and image.format == "JPEG" and image.mode == "RGB":
-            pixels = decode_jpeg(source, least) if image.getexif().get(ORIENTATION_TAG, 1) == 1 else None
+            pixels = decode(source, least) if image.getexif().get(ORIENTATION_TAG, 1) == 1 else None
             if pixels is not None:
                 return pixels
         image.load()
@@ -159,7 +171,7 @@ def _as_levels(picture: Image.Image | np.ndarray) -> Tensor:
     """[H, W, 3] uint8; channels stay last in memory, so that pictures are joined by plain copies."""
     if isinstance(picture, np.ndarray):
         return torch.from_numpy(np.ascontiguousarray(picture))
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(picture.height, picture.width, 3)
+    return torch.frombuffer(picture.tobytes(), dtype=torch.uint8).view(picture.height, picture.width, 3)
 
 
 @dataclass(frozen=True)
@@ -260,7 +272,7 @@ class ImageTransform:
 
     def _levels(self, source: ImageSource) -> Tensor:
         """[image_size, image_size, 3] uint8."""
-        picture = _decode(source, self.image_size if self.draft else None)
+        picture = _decode(source, self.image_size if self.draft else None, as_array=self.resizer == "torch")
         height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
         resampling, side = INTERPOLATIONS[self.interpolation], max(height, width)
         is_bomb = self.mode == "pad" and side * side > MAX_PIXELS  # a long, thin image as a square

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,7 +19,6 @@ from moevlm.batch import (
     IMAGE_TOKEN_ID,
     NO_PAIR,
     EncodedSample,
-    PixelScale,
     Record,
     Tiling,
     Turn,
@@ -30,23 +29,10 @@ from moevlm.preprocessing.chat_templates import ChatTemplate
 from moevlm.preprocessing.images import ImageSource, ImageTransform, encoder_settings, upright_size
 from moevlm.preprocessing.rejection import RejectedSample
 from moevlm.preprocessing.templates import IMAGE_TAG
+from moevlm.preprocessing.text_side import EncodedTurns, TextSide, View
 
 PROCESSOR_FILE = "processor.json"
 OVERLONG = ("reject", "drop_rounds")
-
-EncodedTurns = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
-
-
-class View(NamedTuple):
-    """The images of a sample as one transform made them."""
-
-    pixels: torch.Tensor  # [n, 3, H, W] uint8, or all pictures of n tiled images
-    tilings: tuple[Tiling, ...] | None
-    scale: PixelScale
-
-    def num_pictures(self, num_images: int) -> int:
-        """Of the first images."""
-        return num_images if self.tilings is None else sum(tiling.num_tiles for tiling in self.tilings[:num_images])
 
 
 class Processor:
@@ -112,6 +98,16 @@ class Processor:
         Raises:
             RejectedSample: too_long, image_tag_mismatch, not_a_pair, or a reason of the template or an image.
         """
+        return self.encode_text(record, source=source, pair_id=pair_id).with_images()
+
+    def encode_text(self, record: Record, *, source: int = 0, pair_id: int = NO_PAIR) -> TextSide:
+        """The cheap half of `encode`: the tokens of the record, whose images are still files.
+
+        A micro-batch is faster when all its texts come before its images, which empty the caches of the processor.
+
+        Raises:
+            RejectedSample: as `encode`, for all but the images.
+        """
         if pair_id != NO_PAIR and record.rejected_turns is None:
             raise RejectedSample("not_a_pair", "a preference stage needs records with chosen and rejected turns")
         sides = [record.turns]
@@ -119,30 +115,14 @@ class Processor:
             sides.append(record.rejected_turns)
         counts = self._visual_tokens(record.images)
         encoded = [self._encode_turns(turns, counts, shorten=pair_id == NO_PAIR) for turns in sides]
-        views = self._images(record.images)  # last: the costly part
-        samples = [
-            EncodedSample(
-                record.key,
-                ids_S,
-                labels_S,
-                segments_S,
-                {name: view.pixels[: view.num_pictures(num_images)] for name, view in views.items()},
-                source,
-                pair_id,
-                is_chosen=pair_id != NO_PAIR and number == 0,
-                tilings={n: v.tilings[:num_images] for n, v in views.items() if v.tilings is not None},
-                scales={name: view.scale for name, view in views.items()},
-            )
-            for number, (ids_S, labels_S, segments_S, num_images) in enumerate(encoded)
-        ]
-        return samples if self.teacher is None else self._with_teachers_side(samples, record, source, pair_id)
+        return TextSide(self, record, encoded, source, pair_id)
 
     def encode_prompt(
         self, turns: Sequence[Turn], images: Sequence[ImageSource] = (), *, key: str = ""
     ) -> EncodedSample:
         """A prompt for generation: ends where the answer starts, exactly as in training; no labels."""
         ids_S, labels_S, segments_S = self.template.encode(turns, add_generation_prompt=True)
-        views = self._images(images)
+        views = self.views_of(images)
         self._length(ids_S, self._visual_tokens(images))
         return EncodedSample(
             key,
@@ -212,10 +192,12 @@ class Processor:
         }
         return Processor(self.tokenizer, self.template.name, self.image_transform, **{**options, **changes})
 
-    def _with_teachers_side(
+    def with_teachers_side(
         self, samples: list[EncodedSample], record: Record, source: int, pair_id: int
     ) -> list[EncodedSample]:
-        assert self.teacher is not None
+        """The samples with what a teacher of another tokenizer reads; as they are without one."""
+        if self.teacher is None:
+            return samples
         others = self.teacher.encode(record, source=source, pair_id=pair_id)
         tokenizers = self.tokenizer, self.teacher.tokenizer
         try:
@@ -224,17 +206,21 @@ class Processor:
             raise RejectedSample("unaligned", str(error)) from error
         return [replace(own, teacher=other, spans=one) for own, other, one in zip(samples, others, spans)]
 
-    def _images(self, images: Sequence[ImageSource]) -> dict[str, View]:
+    def views_of(self, images: Sequence[ImageSource]) -> dict[str, View]:
+        """The images as every transform makes them, by the name of the view."""
         views = {DEFAULT_VIEW: self.image_transform, **self.extra_views}
         return {name: View(*transform.stack(images), transform.scale) for name, transform in views.items()}
+
+    def tilings_of(self, images: Sequence[ImageSource]) -> tuple[Tiling, ...]:
+        """How a tiled transform cuts these images; sizes are read from the files' headers."""
+        return tuple(self.image_transform.tiling(upright_size(image)) for image in images)
 
     def _visual_tokens(self, images: Sequence[ImageSource]) -> list[int]:
         """What each image takes in the decoder's row; sizes are read from the files' headers."""
         if not self.image_transform.is_tiled:
             return [self.num_visual_tokens] * len(images)
         side = math.isqrt(self.num_visual_tokens)
-        tilings = [self.image_transform.tiling(upright_size(image)) for image in images]
-        return [num_tiled_tokens(tiling, side=side) for tiling in tilings]
+        return [num_tiled_tokens(tiling, side=side) for tiling in self.tilings_of(images)]
 
     def _encode_turns(self, turns: Sequence[Turn], visual_tokens: Sequence[int], *, shorten: bool) -> EncodedTurns:
         """Tokens of the longest run of first rounds that fits, and how many of the images it shows."""

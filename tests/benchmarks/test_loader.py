@@ -2,9 +2,22 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from moevlm.benchmarks.loader import BATCH, PROBLEMS, TURNS, WAYS, Batches, make_processor, make_shards
+from moevlm.benchmarks.loader import (
+    BATCH,
+    PROBLEMS,
+    SAMPLES_A_SECOND,
+    TURNS,
+    WAYS,
+    Batches,
+    Problem,
+    make_processor,
+    make_shards,
+    report,
+    waiting_share,
+)
 from moevlm.benchmarks.suites import run_suite
 
 
@@ -23,3 +36,18 @@ def test_a_batch_is_whole_samples_with_their_levels(tmp_path: Path) -> None:
         assert batch.num_targets > BATCH * len(TURNS[1].text.split())
         assert batch.images["default"].dtype == torch.uint8
         assert float(batch.view("default").abs().max()) <= 1.0
+
+
+def test_scaling_and_waiting_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    report("tiny", rounds=2, seconds=0.1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if "decode + resize" in line]) == len(WAYS)
+    assert [line for line in lines if line.startswith(" 1 workers on ") and line.endswith("1.00 times one")]
+    assert len([line for line in lines if "% of the time for data" in line]) == len(SAMPLES_A_SECOND)
+
+
+def test_a_consumer_faster_than_its_worker_waits_and_a_slow_one_does_not() -> None:
+    problem = Problem("600 x 448", 600, 448, num_samples=8)
+    fast = waiting_share(problem, num_workers=1, step_seconds=0.0, steps=12)
+    slow = waiting_share(problem, num_workers=1, step_seconds=0.3, steps=4)
+    assert fast.data > 0.5 > 0.2 > slow.data

@@ -117,10 +117,10 @@ def test_records(tmp_path: Path) -> None:
     assert [key for key in keys if key.startswith("good")] == good
     for record in records:  # and encoded, or rejected by name
         if record.key.startswith("good"):
-            encode_conversation(processor, record, 0, 0)
+            encode_conversation(processor, record, 0, 0).with_images()
         else:
             with contextlib.suppress(RejectedSample):
-                encode_conversation(processor, record, 0, 0)
+                encode_conversation(processor, record, 0, 0).with_images()
 
 
 def test_images() -> None:

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from datamodules.instructions import InstructionDataModule
 from moevlm.data.index import read_index
+from moevlm.data.rejection import RejectedRecord
+from moevlm.preprocessing.collate import pack
+from moevlm.preprocessing.rejection import RejectedSample
 from tests.samples import conversation, llava_record, make_shards, small_processor
 
 LONG = {"id": "long", "conversations": conversation("What?", "grass " * 200)}
@@ -103,3 +108,40 @@ def test_no_bad_sample_is_accepted_when_the_limit_is_zero(tmp_path: Path) -> Non
     shards = make_shards(tmp_path, [*RECORDS, LONG])
     with pytest.raises(ValueError, match=r"1 of .* train samples were rejected .*; the last was long"):
         keys_of(module_of(shards, max_rejected_fraction=0).train_dataloader())
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_texts_before_images_give_the_batches_and_rejections_of_one_sample_after_another(
+    tmp_path: Path, micro_batch_size: int
+) -> None:
+    records = [llava_record(number) for number in range(10)]
+    records.insert(4, LONG)  # rejected by its text
+    shards = make_shards(tmp_path, records, samples_per_shard=20)
+    tar = shards / "000000.tar"
+    members = [member for number in (1, 6) for member in read_index(tar).members(number) if member[0] == "png"]
+    data = bytearray(tar.read_bytes())
+    for _, offset, size in members:  # rejected by their images
+        data[offset : offset + size] = b"x" * size
+    tar.write_bytes(bytes(data))
+    module = module_of(shards, micro_batch_size=micro_batch_size, num_steps=4)
+    dataset = module.train_dataloader().loader.dataset
+    for number in range(4):
+        found, expected, rejected = dataset[number], [], []
+        for position in dataset.positions(number):
+            draw = dataset.plan.draw(position)
+            for attempt in itertools.count():
+                sample = draw.sample if attempt == 0 else dataset.plan.substitute(draw, attempt - 1)
+                try:
+                    expected.append(module.processor.encode(dataset.readers[0].read(sample), source=draw.source))
+                    break
+                except (RejectedSample, RejectedRecord) as fault:
+                    rejected.append((position, dataset.readers[0].name(sample), fault.reason))
+        assert [(one.position, one.key, one.reason) for one in found.rejected] == rejected
+        flat = [sample for samples in expected for sample in samples]
+        chunks = [flat[start : start + micro_batch_size] for start in range(0, len(flat), micro_batch_size)]
+        for batch, chunk in zip(found.batches, chunks, strict=True):
+            slow = pack(chunk, number * 4)
+            assert (batch.keys, batch.lengths) == (slow.keys, slow.lengths)
+            for name in ("input_ids", "labels", "segments", "sources", "pair_ids"):
+                assert torch.equal(getattr(batch, name), getattr(slow, name))
+            assert torch.equal(batch.images["default"], slow.images["default"])

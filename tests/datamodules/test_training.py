@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import Dataset
 
 from datamodules.captions import CaptionDataModule
 from datamodules.instructions import InstructionDataModule
 from datamodules.preferences import PreferenceDataModule
+from datamodules.rejections import RejectionLog
+from datamodules.steps import Step, StepLoader
 from moevlm.batch import DEFAULT_VIEW
 from moevlm.preprocessing.images import ImageTransform
 from moevlm.preprocessing.processor import Processor
@@ -172,3 +176,17 @@ def test_missing_shards_show_before_a_model_runs(tmp_path: Path) -> None:
     module = InstructionDataModule((), small_processor(), num_steps=1, global_batch_size=1, micro_batch_size=1)
     with pytest.raises(ValueError, match="nothing to train on"):
         module.train_dataloader()
+
+
+class _Slow(Dataset[Step]):
+    def __getitem__(self, number: int) -> Step:
+        time.sleep(0.05)
+        return Step(num_samples=1)
+
+
+def test_the_loader_counts_how_long_it_was_waited_for() -> None:
+    loader = StepLoader(_Slow(), RejectionLog(None), num_steps=3)
+    began = time.perf_counter()
+    for _ in loader:
+        time.sleep(0.05)
+    assert 0.15 <= loader.waited_seconds <= time.perf_counter() - began - 0.15 + 1e-3

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,6 +92,26 @@ def test_mfu_is_the_steps_flops_over_the_ceilings() -> None:
     assert metrics["perf/mfu"].item() == pytest.approx(flop / seconds / 1e9, rel=1e-4)
     with pytest.raises(ValueError, match="ceiling_tflops must be positive"):
         ThroughputMonitor(ceiling_tflops=0)
+
+
+def test_waiting_for_data_is_a_share_of_the_same_time_as_tokens_a_second(tmp_path: Path) -> None:
+    class Slow(LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.train_loader = SimpleNamespace(waited_seconds=5.0)  # of before
+
+        def train_dataloader(self) -> Any:
+            for batch in loader([make_batch()] * 4):
+                time.sleep(0.3)
+                self.train_loader.waited_seconds += 0.3
+                yield batch
+
+    logger = JsonlLogger(str(tmp_path))
+    trainer = quiet_trainer(max_steps=4, logger=logger, callbacks=[ThroughputMonitor(every_n_steps=2)])
+    trainer.fit(make_stage("connector_alignment"), datamodule=Slow())
+    shares = [row["perf/data_wait_fraction"] for row in read_rows(logger.path) if "perf/data_wait_fraction" in row]
+    assert len(set(shares)) == 2
+    assert all(0.3 < share <= 1.05 for share in shares)
 
 
 def test_checkpoints_come_every_n_steps_and_after_the_last_and_the_newest_stay(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from moevlm.preprocessing.fast_images import decode_jpeg, plain_jpeg_size, resize_in_torch
+from moevlm.preprocessing import fast_images
+from moevlm.preprocessing.fast_images import decode_jpeg, decode_jpeg_image, plain_jpeg_size, resize_in_torch
 from moevlm.preprocessing.images import ImageTransform, decode_image
 from moevlm.preprocessing.rejection import RejectedSample
 
@@ -28,6 +30,32 @@ def test_a_jpeg_has_the_very_pixels_that_pillow_gives(options: dict[str, object]
     assert fast is not None
     assert np.array_equal(fast, Image.open(io.BytesIO(data)))
     assert np.array_equal(decode_image(data), fast)
+
+
+@pytest.mark.parametrize("size", [(161, 97), (16, 16), (640, 17)])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}])
+def test_a_picture_in_the_decoders_memory_is_the_copied_one(size: tuple[int, int], options: dict[str, object]) -> None:
+    data = photograph(*size, **options)
+    shared, copied = decode_jpeg_image(data), Image.fromarray(decode_jpeg(data))
+    assert shared.mode == "RGB"
+    assert np.array_equal(shared, copied)
+    for way in (lambda one: one.resize((33, 20), Image.Resampling.BICUBIC), lambda one: one.crop((2, 3, 9, 11))):
+        assert way(shared).tobytes() == way(copied).tobytes()
+
+
+def test_without_arrow_pixels_are_copied_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = photograph(161, 97)
+    expected = {mode: ImageTransform(56, mode=mode)(data) for mode in ("pad", "square", "stretch")}
+    monkeypatch.setattr(fast_images, "_arrow", lambda: None)
+    for mode, pixels in expected.items():
+        assert torch.equal(ImageTransform(56, mode=mode)(data), pixels)
+
+
+def test_a_grey_jpeg_has_three_equal_channels() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(DRAWS.integers(0, 255, (24, 32), dtype=np.uint8)).save(buffer, "JPEG")
+    expected = Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+    assert np.array_equal(decode_image(buffer.getvalue()), expected)
 
 
 def test_what_breaks_off_is_left_to_pillow_and_rejected() -> None:
