@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from experiments.instantiate import build, plain
 from experiments.program import program
+from experiments.run_folder import one_at_a_time
 from moevlm.data.sample_cache import has_cache
 from moevlm.evaluation.evaluate import choose_device
 from moevlm.evaluation.vision_caching import fill_vision_cache
@@ -29,12 +30,14 @@ def fill_vision_caches(cfg: DictConfig) -> int:
     device = "cpu" if cfg.trainer.get("accelerator") == "cpu" else str(choose_device(name))
     requests = build(cfg.data).vision_requests()
     for request in requests:
-        if has_cache(request.shards, request.key):
-            print(f"{request.key.folder(request.shards)} is there")
-            continue
-        with tqdm(desc="vision cache", unit="sample") as bar:
-            if not fill_vision_cache(request, device=device, progress=bar.update, **settings):
-                print("this part is written; the cache is complete when every part is")
+        folder = request.key.folder(request.shards)
+        with one_at_a_time(folder / f".part_{settings['part']}_of_{settings['num_parts']}.lock"):
+            if has_cache(request.shards, request.key):
+                print(f"{folder} is there")
+                continue
+            with tqdm(desc="vision cache", unit="sample") as bar:
+                if not fill_vision_cache(request, device=device, progress=bar.update, **settings):
+                    print("this part is written; the cache is complete when every part is")
     return len(requests)
 
 

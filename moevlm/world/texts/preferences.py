@@ -11,8 +11,8 @@ from moevlm.world.scenes import Scene, SceneObject
 from moevlm.world.texts.descriptions import describe_objects, relation_sentences
 
 # swapped: an object is replaced by an absent, co-occurring one elsewhere; mistaken: one is told as an absent category,
-# all else being true; attribute: colour, texture or size of one is wrong. Both sides of a pair have as many sentences, in
-# the same wordings, or a policy learns a length instead.
+# all else being true; attribute: colour, texture or size of one is wrong. Both sides of a pair have as many sentences,
+# in the same wordings, or a policy learns a length instead.
 FLAW_SHARES = {"swapped": 0.4, "mistaken": 0.4, "attribute": 0.2}
 RELATIONS_FRACTION = 0.35  # of the pairs that end, on both sides, in sentences on where objects are to each other
 PLAUSIBLE_WEIGHTS = (3, 2, 1)  # of the categories that co-occur most with what is there, the most plausible first
