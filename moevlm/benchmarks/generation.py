@@ -8,7 +8,6 @@ alone leave the prefill out, which a short answer does not pay off.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,10 +25,8 @@ from moevlm.evaluation.generation import generate_batch
 from moevlm.models.build import build_vlm
 from moevlm.models.moe.moe_layer import SparseMoE
 from moevlm.models.vlm import VLM
-from moevlm.ops.decode import dependent_launch
 
 NUM_COMPARED = 5  # forced tokens whose logits are compared
-DEPENDENT = "fused, dependent launch"
 
 
 @dataclass(frozen=True)
@@ -105,10 +102,10 @@ def cases(*, size: str, device: torch.device) -> Iterator[Case]:
 
 
 def ways(problem: Problem) -> tuple[str, ...]:
-    """Of ours, what is timed. Kernels that start before the one before them ends come last: they may fail alone."""
+    """Of ours, what is timed."""
     if not problem.new_tokens:
         return ("eager", "dynamic")
-    return ("fused", "graph", *(() if problem.steps_alone else ("eager", "dynamic")), DEPENDENT)
+    return ("fused", "graph") if problem.steps_alone else ("fused", "graph", "eager", "dynamic")
 
 
 def random_vlm(shape: Shape, device: torch.device, dtype: torch.dtype) -> VLM:
@@ -188,16 +185,15 @@ def ours(vlm: VLM, prompts: list[EncodedSample], problem: Problem, way: str) -> 
 
     @torch.no_grad()
     def step() -> object:
-        with _launches(way):
-            if not problem.new_tokens:
-                return session.start(prompts)
-            return generate_batch(session, prompts, problem.new_tokens, ends)
+        if not problem.new_tokens:
+            return session.start(prompts)
+        return generate_batch(session, prompts, problem.new_tokens, ends)
 
-    work = _steps_alone(session, prompts, problem, way) if problem.steps_alone else step
+    work = _steps_alone(session, prompts, problem) if problem.steps_alone else step
     return Work(work, partial(_forced_logits, vlm, prompts, way), _units(problem))
 
 
-def _steps_alone(session: Session, prompts: list[EncodedSample], problem: Problem, way: str) -> Callable[[], object]:
+def _steps_alone(session: Session, prompts: list[EncodedSample], problem: Problem) -> Callable[[], object]:
     """The same greedy steps of a captured session again and again, in the columns behind the prompt."""
     running_B = torch.ones(len(prompts), dtype=torch.bool, device=session.device)
 
@@ -208,7 +204,7 @@ def _steps_alone(session: Session, prompts: list[EncodedSample], problem: Proble
             logits_BV = session.advance(logits_BV.argmax(dim=-1), running_B)
         return logits_BV
 
-    with torch.no_grad(), _launches(way):
+    with torch.no_grad():
         first_BV = session.start(prompts)
         step(first_BV)  # captures
         return partial(step, session.start(prompts))
@@ -216,12 +212,7 @@ def _steps_alone(session: Session, prompts: list[EncodedSample], problem: Proble
 
 def _session(vlm: VLM, prompts: list[EncodedSample], way: str, new_tokens: int) -> Session:
     longest = len(prompts[0].input_ids) + max(new_tokens, NUM_COMPARED + 1)
-    decoding = "fused" if way == DEPENDENT else way
-    return Session(vlm, decoding, batch_size=len(prompts), max_length=longest, view="default")
-
-
-def _launches(way: str) -> contextlib.AbstractContextManager[None]:
-    return dependent_launch() if way == DEPENDENT else contextlib.nullcontext()
+    return Session(vlm, way, batch_size=len(prompts), max_length=longest, view="default")
 
 
 @torch.no_grad()
@@ -230,11 +221,10 @@ def _forced_logits(vlm: VLM, prompts: list[EncodedSample], way: str) -> Mapping[
     session = _session(vlm, prompts, way, NUM_COMPARED + 1)
     running_B = torch.ones(len(prompts), dtype=torch.bool, device=session.device)
     found: list[Tensor] = []
-    with _launches(way):
-        for _ in range(2):
-            found = [session.start(prompts)]
-            for step in range(NUM_COMPARED):
-                found.append(session.advance(_forced(prompts, step).to(session.device), running_B).clone())
+    for _ in range(2):
+        found = [session.start(prompts)]
+        for step in range(NUM_COMPARED):
+            found.append(session.advance(_forced(prompts, step).to(session.device), running_B).clone())
     return {"logits": torch.stack(found, dim=1)}
 
 

@@ -136,8 +136,6 @@ def cases(*, size: str, device: torch.device) -> Iterator[Case]:
 def contenders(problem: Problem) -> dict[str, Callable[..., Work]]:
     """Ours first; then with one thing off at a time; then who trained LLaVA so far."""
     found: dict[str, Callable[..., Work]] = {"ours": partial(_ours, compile=True)}
-    if problem.is_sparse:
-        found["narrow gradients"] = partial(_ours, compile=True, wide_gradients=False)
     if problem.name.endswith("alone") or problem.micro_batches == 1:
         return found
     found["not compiled"] = partial(_ours)
@@ -269,10 +267,8 @@ def _reference(build: Callable[..., VLM], batches: list[VLMBatch]) -> dict[str, 
     return _checked(model, total)
 
 
-def _build(
-    problem: Problem, sizes: Sizes, *, moe_kernel: str = "auto", wide_gradients: bool = True, **options: Any
-) -> VLM:
-    moe = {**MOE, "kernel": moe_kernel, "wide_gradients": wide_gradients} if problem.is_sparse else None
+def _build(problem: Problem, sizes: Sizes, *, moe_kernel: str = "auto", **options: Any) -> VLM:
+    moe = {**MOE, "kernel": moe_kernel} if problem.is_sparse else None
     return build_vlm(sizes.vision_encoder, "mlp2x_gelu", sizes.language_model, moe=moe, **options)
 
 

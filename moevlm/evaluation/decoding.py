@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,19 @@ from moevlm.batch import EncodedSample
 from moevlm.models.fused_decode import FusedStep, why_not_fused
 from moevlm.models.key_value_cache import FixedCache
 from moevlm.models.vlm import VLM
+from moevlm.ops.decode import has_kernels
 from moevlm.preprocessing.collate import pack
 
 DECODINGS = ("auto", "fused", "graph", "eager", "dynamic")
 NUM_EAGER_STEPS = 3
 """Steps of the first batch before one is captured, which costs as much as many steps: answers may be short."""
+FUSED_DTYPE = torch.bfloat16
+"""Weights whose fused steps were timed (docs/performance.md); "auto" takes these steps for no others."""
+CAPTURED_FAMILIES = (
+    "gemma2", "glm4", "gpt_neox", "granite", "llama", "minicpm3",
+    "mistral", "phi", "phi3", "qwen2", "qwen3", "stablelm",
+)  # fmt: skip
+"""Decoders whose captured answers are compared with plain ones by a test on a GPU; "auto" captures no others."""
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,8 +38,8 @@ class Session:
 
         Args:
             decoding: "dynamic" lets the cache grow, "eager" fixes its size. "graph" also captures the step in a CUDA
-                graph, "fused" captures one of few kernels (`FusedStep`); on a CPU both run uncaptured. "auto" is
-                eager: the captured ways are right on a GPU, but how fast whole answers are is not measured yet.
+                graph, "fused" captures one of few kernels (`FusedStep`); on a CPU both run uncaptured. "auto" takes
+                the first of fused, graph and eager that is known to fit (`automatic_decoding`).
             batch_size: most prompts in a batch.
             max_length: most columns that a prompt and its answer take.
             view: which of the prompts' image transforms the model sees.
@@ -152,16 +160,55 @@ class LayerwiseStep:
         return self.vlm.head.logits(hidden_BD)
 
 
+class Facts(NamedTuple):
+    """What "auto" asks of a model and of where it runs."""
+
+    is_cuda: bool
+    has_kernels: bool  # Triton, and a GPU with products in bfloat16
+    is_autocast: bool  # the copies that it makes do not outlive it, a captured step would
+    is_compiled: bool  # layers by torch.compile, which were never captured
+    dtype: torch.dtype
+    family: str
+    why_not_static: str | None
+    why_not_fused: str | None
+
+
+def automatic_decoding(facts: Facts) -> str:
+    """The fastest way that was compared with the plain one for such a model: fused, then graph, then eager."""
+    if not facts.is_cuda or facts.is_autocast or facts.why_not_static is not None:
+        return "eager"
+    if facts.has_kernels and facts.dtype == FUSED_DTYPE and facts.why_not_fused is None:
+        return "fused"
+    return "graph" if facts.family in CAPTURED_FAMILIES and not facts.is_compiled else "eager"
+
+
+def gather_facts(vlm: VLM, batch_size: int) -> Facts:
+    """Of a model where it lies now."""
+    device = vlm.head.weight.device
+    return Facts(
+        is_cuda=device.type == "cuda",
+        has_kernels=has_kernels(device) and torch.cuda.get_device_capability(device) >= (8, 0),
+        is_autocast=torch.is_autocast_enabled(device.type),
+        is_compiled=any(module._compiled_call_impl is not None for module in vlm.modules()),
+        dtype=vlm.head.weight.dtype,
+        family=vlm.language_model.config.model_type,
+        why_not_static=_why_not_static(vlm),
+        why_not_fused=why_not_fused(vlm, batch_size),
+    )
+
+
 def choose_decoding(vlm: VLM, decoding: str, batch_size: int) -> str:
-    """What "auto" means; anything else is checked and returned.
+    """What "auto" means here; anything else is checked and returned.
 
     Raises:
         ValueError: see `Session`.
     """
     if decoding not in DECODINGS:
         raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, got {decoding!r}; set decoding")
-    if decoding in ("auto", "eager", "dynamic"):
-        return "eager" if decoding == "auto" else decoding
+    if decoding == "auto":
+        return automatic_decoding(gather_facts(vlm, batch_size))
+    if decoding in ("eager", "dynamic"):
+        return decoding
     static = _why_not_static(vlm)
     reason = static or why_not_fused(vlm, batch_size) if decoding == "fused" else static
     if reason is not None:

@@ -18,6 +18,7 @@ from moevlm.batch import IGNORE_INDEX, EncodedSample, Record
 from moevlm.data.rejection import RejectedRecord, Rejection
 from moevlm.evaluation.answers import Row, Scores, score_rows, write_answers
 from moevlm.evaluation.benchmarks import Benchmark, find_benchmarks
+from moevlm.evaluation.decoding import choose_decoding
 from moevlm.evaluation.generation import generate
 from moevlm.evaluation.perplexity import gold_nlls
 from moevlm.metrics.routing import expert_distance
@@ -81,10 +82,10 @@ def evaluate_folder(
     processor = Processor.from_pretrained(model_folder)
     limits = limit if isinstance(limit, Mapping) else dict.fromkeys((benchmark.name for benchmark in chosen), limit)
     options: dict[str, Any] = {"batch_size": batch_size, "perplexity": perplexity, "progress": progress}
-    options["decoding"] = decoding
     folder = Path(output_folder)
     scores: Scores = {}
     with random_routing(vlm, seed=seed) if routing == "random" else contextlib.nullcontext():
+        decoding = options["decoding"] = choose_decoding(vlm, decoding, batch_size)
         for benchmark in chosen:
             rows, rejected = answer_benchmark(vlm, processor, benchmark, limit=limits.get(benchmark.name), **options)
             check_rejected(benchmark, len(rows), rejected, max_rejected_fraction)

@@ -58,6 +58,7 @@ def regenerate(
         temperature=temperature,
         generator=generator,
         keep_going=keep_going,
+        decoding="eager",  # one batch a session, and other threads of a training talk to the GPU: nothing to capture
     )
     answered = [
         sample if stop < 0 else _with_answer(prompt, answer + [stop] * (len(answer) < max_new_tokens))

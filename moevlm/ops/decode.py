@@ -7,10 +7,9 @@ kernels of `moevlm.ops.kernels` run; elsewhere, and with `plain=True`, the same 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,33 +49,6 @@ SEVERAL = {
 }
 """Blocks for one token and for more, by kernel; the fastest of a few dozen on an H200 (docs/performance.md)."""
 FEW_ROWS = 4096  # a matrix of fewer rows is cut finer, or it would not fill the chip
-DEPENDENT_LAUNCH = False  # start a kernel while the one before still runs; not verified on a GPU, so off
-
-
-@contextlib.contextmanager
-def dependent_launch() -> Iterator[None]:
-    """Switch it on for the kernels started, or captured, inside."""
-    global DEPENDENT_LAUNCH
-    before, DEPENDENT_LAUNCH = DEPENDENT_LAUNCH, True
-    try:
-        yield
-    finally:
-        DEPENDENT_LAUNCH = before
-
-
-def launch_options(device: torch.device) -> dict[str, Any]:
-    """How kernels are started on this device."""
-    return _dependent_options(device) if DEPENDENT_LAUNCH else {"PDL": False}
-
-
-@functools.cache
-def _dependent_options(device: torch.device) -> dict[str, Any]:
-    """Programmatic dependent launch, from Hopper on, if this Triton knows it. Asked for once a device."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"PDL": False}
-    from triton.backends.nvidia.compiler import CUDAOptions
-
-    return {"PDL": True, "launch_pdl": True} if "launch_pdl" in CUDAOptions.__dataclass_fields__ else {"PDL": False}
 
 
 def rms_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -130,7 +102,7 @@ def linear(
         *(sizes + [0, 0])[:3], x_BD.shape[1], x_BD.shape[0], eps,
         ROWS=rows, BLOCK_N=blocks.rows, BLOCK_K=blocks.columns, STAGES=blocks.stages, HAS_NORM=norm_D is not None,
         HAS_BIAS=biases[0] is not None, HAS_RESIDUAL=residual_BN is not None, PARTS=len(weights),
-        num_warps=blocks.warps, **launch_options(x_BD.device),
+        num_warps=blocks.warps,
     )  # fmt: skip
     return out_BN
 
@@ -174,7 +146,6 @@ def route(
         weights_BK, x_BD.shape[1], num_experts, weight_scale, eps,
         EXPERTS=padded, TOP_K=top_k, BLOCK_K=min(2048, max(64, 8192 // padded)), SIGMOID=score == "sigmoid",
         NORMALISE=normalise, HAS_BIAS=selection_bias_E is not None, num_warps=8,
-        **launch_options(x_BD.device),
     )  # fmt: skip
     return Choices(ids_BK, weights_BK)
 
@@ -212,19 +183,18 @@ def gated_ffn(
     hidden_SBF = x_BD.new_empty(slots, num_rows, inner)
     out_BD = torch.empty_like(x_BD)
     ids, weights = (x_BD, x_BD) if choices is None else choices
-    launch = launch_options(x_BD.device)
     rows, blocks = _tile("gate_up", x_BD)
     gate_up_kernel[(-(-inner // blocks.rows), slots)](
         x_BD, x_BD if norm_D is None else norm_D, gate_EFD, up_EFD, ids, hidden_SBF, width, inner, num_rows, eps,
         ROWS=rows, TOP_K=top_k, ROUTED=choices is not None, HAS_NORM=norm_D is not None,
-        BLOCK_N=blocks.rows, BLOCK_K=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps, **launch,
+        BLOCK_N=blocks.rows, BLOCK_K=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     rows, blocks = _tile("down", x_BD)
     down_kernel[(-(-width // blocks.rows),)](
         hidden_SBF, down_EDF, ids, weights, x_BD if residual_BD is None else residual_BD, out_BD, width, inner,
         num_rows,
         SLOTS=slots, ROWS=rows, TOP_K=top_k, ROUTED=choices is not None, HAS_RESIDUAL=residual_BD is not None,
-        BLOCK_N=blocks.rows, BLOCK_K=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps, **launch,
+        BLOCK_N=blocks.rows, BLOCK_K=blocks.columns, STAGES=blocks.stages, num_warps=blocks.warps,
     )  # fmt: skip
     return out_BD
 

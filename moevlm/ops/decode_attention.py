@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moevlm.ops.decode import _power, has_kernels, launch_options, rms_norm
+from moevlm.ops.decode import _power, has_kernels, rms_norm
 
 HEAD_WIDTHS = (16, 32, 64, 128, 256)
 """Widths of a head that the kernels know."""
@@ -58,7 +58,6 @@ def attend(
     peaks = torch.empty(batch, num_heads, splits, dtype=torch.float32, device=qkv_BN.device)
     sums, mixed = torch.empty_like(peaks), peaks.new_empty(batch, num_heads, splits, head)
     out_BN = qkv_BN.new_empty(batch, num_heads * head)
-    launch = launch_options(qkv_BN.device)
     group = num_heads // key_heads
     has_norm = query_norm_d is not None
     attend_kernel[(batch, key_heads, splits)](
@@ -66,10 +65,10 @@ def attend(
         keys_BHLd, values_BHLd, starts_B, position, peaks, sums, mixed, out_BN,
         length, num_heads, key_heads, window or 0, scaling, eps,
         GROUP=group, PADDED=max(16, _power(group)), HEAD=head, SPLITS=splits, BLOCK_L=64,
-        HAS_NORM=has_norm, HAS_WINDOW=window is not None, num_warps=4, num_stages=2, **launch,
+        HAS_NORM=has_norm, HAS_WINDOW=window is not None, num_warps=4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
-        join_kernel[(batch * num_heads,)](peaks, sums, mixed, out_BN, HEAD=head, SPLITS=splits, num_warps=4, **launch)
+        join_kernel[(batch * num_heads,)](peaks, sums, mixed, out_BN, HEAD=head, SPLITS=splits, num_warps=4)
     return out_BN
 
 

@@ -4,8 +4,7 @@ Forward: sort the choices, copy each token to the rows of its experts, and per e
 weighted SwiGLU; add each token's rows up. Kept for the backward: tokens, gate and up. Backward: the activation is
 made again in the pass that makes the gradients of gate, up and the weights; buffers are those of one expert at a time.
 The products are cuBLAS's, expert by expert, from and into slices; the host reads the counts once, while the tokens are
-copied. Float32 experts of bfloat16 tokens are rounded once a call, and their gradients written in float32 by the
-products that make them.
+copied.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch.autograd.function import once_differentiable
 
 from moevlm.ops.decode import MAX_ROWS, Choices, gated_ffn
 from moevlm.ops.grouped_ffn import GroupedSwiGLU, prefers_grouped
-from moevlm.ops.products import add_product
 from moevlm.ops.steps import Steps, steps_for
 
 MOST_EXPERTS = 128  # tiles of the kernels hold a number for each
@@ -51,8 +49,7 @@ def routed_swiglu(
     read the chosen experts' weights alone.
 
     Args:
-        hidden_TD: in the dtype of the products.
-        experts: likewise, or float32: rounded for the products, their gradients float32.
+        hidden_TD: in the dtype of the experts.
         dropped_TK: choices that add nothing; None: every choice counts.
         steps: None chooses by device.
         grouped: one product for all experts, where nothing is dropped; None chooses by sizes, see `prefers_grouped`.
@@ -70,9 +67,8 @@ def routed_swiglu(
     if grouped is None:
         grouped = prefers_grouped(hidden_TD, experts.gate, top_k=expert_ids_TK.shape[1])
     if grouped and dropped_TK is None:
-        rounded = (weight.to(hidden_TD.dtype) for weight in experts)
         return GroupedSwiGLU.apply(  # type: ignore[no-any-return, no-untyped-call]
-            hidden_TD.contiguous(), expert_weights_TK.contiguous(), *rounded,
+            hidden_TD.contiguous(), expert_weights_TK.contiguous(), *experts,
             row_of_choice_TK, choice_of_row_C, counts_E, steps,
         )  # fmt: skip
     order = _Order(row_of_choice_TK, choice_of_row_C, _begin_read(counts_E))
@@ -85,7 +81,7 @@ def _few_tokens(
     hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: SwiGLUExperts, dropped_TK: Tensor | None
 ) -> Tensor:
     ids_TK = ids_TK if dropped_TK is None else ids_TK.masked_fill(dropped_TK, -1)
-    gate_EFD, up_EFD, down_EDF = (weight.to(hidden_TD.dtype).contiguous() for weight in experts)
+    gate_EFD, up_EFD, down_EDF = (weight.contiguous() for weight in experts)
     choices = Choices(ids_TK.int().contiguous(), weights_TK.contiguous())
     return gated_ffn(hidden_TD.contiguous(), gate_EFD, up_EFD, down_EDF, choices)
 
@@ -109,8 +105,6 @@ class _RoutedSwiGLU(torch.autograd.Function):
         steps: Steps,
         keeps: bool,
     ) -> Tensor:
-        ctx.expert_dtypes = [weight.dtype for weight in (gate_EFD, up_EFD, down_EDF)]
-        gate_EFD, up_EFD, down_EDF = (weight.to(hidden_TD.dtype) for weight in (gate_EFD, up_EFD, down_EDF))
         top_k, width, inner = weights_TK.shape[1], hidden_TD.shape[1], gate_EFD.shape[1]
         rows_CD = hidden_TD.new_empty(weights_TK.numel(), width)
         steps.gather_rows(hidden_TD, order.choice_of_row, rows_CD, top_k=top_k)  # while the counts travel to the host
@@ -145,10 +139,8 @@ class _RoutedSwiGLU(torch.autograd.Function):
         output_grad_TD = output_grad_TD.contiguous()
         weights_grad_TK = torch.zeros_like(weights_TK, dtype=torch.float32)
         gate_grad, up_grad, down_grad = (
-            _empty_experts(weight, counts, dtype) if wants else None
-            for weight, wants, dtype in zip(
-                (gate_EFD, up_EFD, down_EDF), (wants_gate, wants_up, wants_down), ctx.expert_dtypes
-            )
+            _empty_experts(weight, counts) if wants else None
+            for weight, wants in ((gate_EFD, wants_gate), (up_EFD, wants_up), (down_EDF, wants_down))
         )
         rows_grad_MD = hidden_TD.new_empty(num_rows if wants_hidden else 0, hidden_TD.shape[1])
         wide = [hidden_TD.new_empty(max(counts, default=0), gate_EFD.shape[1]) for _ in range(3)]
@@ -163,16 +155,16 @@ class _RoutedSwiGLU(torch.autograd.Function):
                 out_RF=inner_RF, up_grad_RF=up_grad_RF, weights_grad_TK=weights_grad_TK,
             )  # fmt: skip
             if down_grad is not None:
-                add_product(down_grad[e], rows_RD.T, inner_RF, is_first=True)
+                torch.mm(rows_RD.T, inner_RF, out=down_grad[e])
             if wants_hidden:
                 torch.mm(grad_RF, gate_EFD[e], out=rows_grad_MD[span])
                 rows_grad_MD[span].addmm_(up_grad_RF, up_EFD[e])
             if gate_grad is not None or up_grad is not None:
                 steps.gather_rows(hidden_TD, choices_R, rows_RD, top_k=top_k)
             if gate_grad is not None:
-                add_product(gate_grad[e], grad_RF.T, rows_RD, is_first=True)
+                torch.mm(grad_RF.T, rows_RD, out=gate_grad[e])
             if up_grad is not None:
-                add_product(up_grad[e], up_grad_RF.T, rows_RD, is_first=True)
+                torch.mm(up_grad_RF.T, rows_RD, out=up_grad[e])
         del wide, narrow
         hidden_grad_TD = steps.sum_rows(rows_grad_MD, row_of_choice_TK) if wants_hidden else None
         return hidden_grad_TD, weights_grad_TK.to(weights_TK.dtype), gate_grad, up_grad, down_grad, None, None, None
@@ -200,9 +192,9 @@ def _spans(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     return ((e, slice(end - count, end)) for e, (count, end) in enumerate(zip(counts, ends)) if count)
 
 
-def _empty_experts(weight_EIO: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _empty_experts(weight_EIO: Tensor, counts: Sequence[int]) -> Tensor:
     """A gradient to be written expert by expert; zero for the experts without a row."""
-    grad = torch.empty_like(weight_EIO, dtype=dtype, memory_format=torch.contiguous_format)
+    grad = torch.empty_like(weight_EIO, memory_format=torch.contiguous_format)
     for expert, count in enumerate(counts):
         if count == 0:
             grad[expert].zero_()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moevlm.evaluation.decoding import choose_decoding
+from moevlm.evaluation.decoding import CAPTURED_FAMILIES, Facts, automatic_decoding, choose_decoding, gather_facts
 from moevlm.evaluation.generation import generate
 from moevlm.models.adapter_settings import LoRASettings
 from moevlm.models.adapters import add_lora
@@ -112,6 +112,59 @@ def test_what_cannot_be_captured_is_refused_by_name_and_decoded_eagerly_by_defau
     assert choose_decoding(sparse, "graph", 1) == "graph"
     with random_routing(sparse), pytest.raises(ValueError, match="routes at random"):
         choose_decoding(sparse, "graph", 1)
+
+
+def on_a_gpu(vlm: VLM, batch_size: int = 1) -> Facts:
+    """What would be known of the model there."""
+    return gather_facts(vlm, batch_size)._replace(is_cuda=True, has_kernels=True)
+
+
+def fusable(**options: Any) -> VLM:
+    """Of a family, in a dtype and with heads that fused steps take; routers stay float32."""
+    vlm = tiny_vlm(language_model=tiny_decoder_config(head_dim=16), **options).eval()
+    for name, parameter in vlm.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "router" in name else torch.bfloat16)
+    return vlm
+
+
+@pytest.mark.parametrize("moe", [None, MOE])
+def test_auto_takes_fused_steps_on_a_gpu_where_they_were_measured(moe: dict[str, Any] | None) -> None:
+    vlm = fusable(moe=moe)
+    assert automatic_decoding(on_a_gpu(vlm, 64)) == "fused"
+    assert automatic_decoding(on_a_gpu(vlm, 65)) == "graph"
+    assert automatic_decoding(on_a_gpu(vlm.float())) == "graph"
+
+
+def test_auto_goes_back_step_by_step_and_refuses_nothing() -> None:
+    fits = on_a_gpu(fusable())
+    assert automatic_decoding(fits._replace(has_kernels=False)) == "graph"
+    assert automatic_decoding(fits._replace(is_compiled=True)) == "fused"
+    assert automatic_decoding(fits._replace(is_compiled=True, has_kernels=False)) == "eager"
+    assert automatic_decoding(fits._replace(is_autocast=True)) == "eager"
+    assert automatic_decoding(fits._replace(is_cuda=False)) == "eager"
+    gemma = on_a_gpu(tiny_vlm(language_model=tiny_decoder_config("gemma2")).eval())
+    assert automatic_decoding(gemma) == "graph"
+    assert automatic_decoding(gemma._replace(family="unheard")) == "eager"
+    drops = {**MOE, "policy": "deepspeed", "capacity_factor": 1.5}
+    assert automatic_decoding(on_a_gpu(fusable(moe=drops))) == "eager"
+    sparse = fusable(moe=MOE)
+    with random_routing(sparse):
+        assert automatic_decoding(on_a_gpu(sparse)) == "eager"
+
+
+def test_facts_are_those_of_the_model_and_its_place() -> None:
+    vlm = fusable()
+    found = gather_facts(vlm, 1)
+    assert (found.is_cuda, found.has_kernels, found.is_autocast, found.is_compiled) == (False, False, False, False)
+    assert (found.dtype, found.family) == (torch.bfloat16, "qwen2")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert gather_facts(vlm, 1).is_autocast
+    vlm.decoder_blocks[0].compile()  # marks the layer; nothing is compiled before its first call
+    assert gather_facts(vlm, 1).is_compiled
+
+
+def test_auto_captures_the_families_that_a_test_captures_on_a_gpu() -> None:
+    assert set(CAPTURED_FAMILIES) == {family_config(family)["model_type"] for family in FAMILIES}
 
 
 @pytest.mark.gpu

@@ -58,6 +58,7 @@ def test_every_benchmark_is_answered_and_scored(evaluated: Path) -> None:
     assert scores["experts"]["distance"] > 0
     settings = json.loads((evaluated / "evaluation.json").read_text())
     assert len(settings["benchmarks"]["pope"]["files"]["random"]["sha256"]) == 64
+    assert settings["decoding"] == "greedy, eager"  # what auto took
 
 
 def test_rows_hold_all_that_scoring_needs(evaluated: Path) -> None:

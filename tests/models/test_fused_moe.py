@@ -122,37 +122,6 @@ def test_gelu_and_low_rank_experts_are_not_fused() -> None:
     assert all(isinstance(layer.experts, LoRAExperts) and not layer.can_fuse for layer in layers)
 
 
-def wide_and_narrow(device: str) -> list[tuple[torch.Tensor, ...]]:
-    """Output and gradients of float32 experts under autocast, with gradients in float32 at once and rounded before."""
-    experts, _ = different_experts("gated", 4, 0)
-    hidden, results = torch.randn(90, WIDTH, device=device), []
-    for is_wide in (True, False):
-        settings = MoESettings(num_experts=4, kernel="fused", wide_gradients=is_wide)
-        router, own = Router(WIDTH, 4, init_std=1.0), copy.deepcopy(experts)
-        layer = SparseMoE(router, own, settings=settings, layer_index=0, recorder=RoutingRecorder()).to(device)
-        tokens = hidden.clone().requires_grad_()
-        with torch.autocast(device, dtype=torch.bfloat16):
-            output = layer(tokens)
-        output.float().square().sum().backward()
-        results.append((output.detach(), tokens.grad, *(parameter.grad for parameter in layer.parameters())))
-    return results
-
-
-def test_wide_gradients_are_those_that_autocast_gives() -> None:
-    wide, narrow = wide_and_narrow("cpu")
-    for found, expected in zip(wide, narrow):
-        assert found.dtype == expected.dtype
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert {gradient.dtype for gradient in wide[2:]} == {torch.float32}
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_wide_gradients_differ_by_one_rounding() -> None:
-    wide, narrow = wide_and_narrow("cuda")
-    for found, expected in zip(wide, narrow):
-        assert (found - expected).float().norm() < 1e-2 * expected.float().norm()
-
-
 def test_on_a_cpu_auto_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, plain = pair(top_k=2)
 

@@ -160,9 +160,7 @@ class SparseMoE(nn.Module):
         routing = self._choose(logits_TE, fused_top_k_routing)
         self.recorder.record(self.layer_index, routing)
         weights_TK = routing.expert_weights if scale == 1.0 else routing.expert_weights * scale
-        experts = SwiGLUExperts(*(self.experts.get_parameter(name) for name in self.experts.projection_names))
-        if not self.settings.wide_gradients:
-            experts = SwiGLUExperts(*(weight.to(dtype) for weight in experts))
+        experts = SwiGLUExperts(*(self.experts.get_parameter(name).to(dtype) for name in self.experts.projection_names))
         with torch.autocast(device_type, enabled=False):
             return routed_swiglu(hidden_TD, routing.expert_ids, weights_TK, experts, dropped_TK=routing.dropped)
 

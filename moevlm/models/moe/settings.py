@@ -16,7 +16,7 @@ SHARED_EXPERTS = ("full", "partition")
 KERNELS = ("auto", "plain", "fused")
 INITIAL_KEYS = ("initialisation", "init_noise", "reinit_fraction", "router_init_std", "seed")
 """Keys that say where weights start, and nothing about a model that has them."""
-RUNNING_KEYS = ("kernel", "wide_gradients")
+RUNNING_KEYS = ("kernel",)
 """Keys that say how a model is run, and nothing about the function that it is."""
 
 
@@ -53,7 +53,6 @@ class MoESettings:
     shared_fraction: float | None = None
     residual: bool = False
     kernel: str = "auto"
-    wide_gradients: bool = True  # of float32 experts under autocast, by the fused layer: written in float32 at once
     # where weights start
     initialisation: str = "copy"
     init_noise: float | None = None

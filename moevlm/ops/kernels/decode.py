@@ -15,31 +15,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _prefetch(rows, LINES: tl.constexpr):
-    """Ask for the first `LINES` cache lines of each weight row, while the kernel before still runs."""
-    lines = rows + tl.arange(0, LINES)[None, :] * 64
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines.to(tl.int64, bitcast=True)], tl.int32, False, 1
-    )
-
-
-@triton.jit
-def _take_over(PDL: tl.constexpr):
-    """Wait for the kernel before and let the next one start (programmatic dependent launch).
-
-    In this order, so that what is two kernels back is complete before any program of a kernel runs.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def linear_kernel(
     x, residual, norm, w0, w1, w2, b0, b1, b2, out,
     n0, n1, n2, width, rows, eps,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """``out = norm(x) [w0; w1; w2]^T + bias + residual``; up to three matrices side by side, each [n, width]."""
     pid = tl.program_id(0)
@@ -54,9 +34,6 @@ def linear_kernel(
     places = (pid - first) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = places < n
     row_starts = w + places.to(tl.int64)[:, None] * width
-    if PDL:
-        _prefetch(w + tl.minimum(places, n - 1).to(tl.int64)[:, None] * width, 32 if ROWS == 1 else 16)
-    _take_over(PDL)
     columns = tl.arange(0, BLOCK_K)
     tokens = tl.arange(0, ROWS)
     if ROWS == 1:
@@ -103,14 +80,13 @@ def route_kernel(
     x, norm, router, bias, running, ids, weights,
     width, num_experts, weight_scale, eps,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
-    SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """One program a token: norm(x), router logits in float32, the `TOP_K` best (ties to the lower number), weights.
 
     A token that no longer runs gets expert -1, whose weights nobody reads.
     """
     token = tl.program_id(0)
-    _take_over(PDL)
     columns = tl.arange(0, BLOCK_K)
     experts = tl.arange(0, EXPERTS)
     squares = tl.zeros([BLOCK_K], tl.float32)
@@ -163,7 +139,7 @@ def gate_up_kernel(
     x, norm, gate, up, ids, hidden,
     width, inner, rows, eps,
     ROWS: tl.constexpr, TOP_K: tl.constexpr, ROUTED: tl.constexpr, HAS_NORM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``hidden[slot] = silu(gate_e norm(x)) * (up_e norm(x))`` of one expert a slot; [slots, rows, inner].
 
@@ -173,11 +149,6 @@ def gate_up_kernel(
     places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.arange(0, ROWS)
     expert = slot
-    if PDL and not ROUTED:
-        first_rows = tl.minimum(places, inner - 1).to(tl.int64)[:, None] * width
-        _prefetch(gate + first_rows, 8)
-        _prefetch(up + first_rows, 8)
-    _take_over(PDL)
     if ROUTED:
         if ROWS == 1:
             expert = tl.load(ids + slot)
@@ -240,7 +211,7 @@ def down_kernel(
     hidden, down, ids, weights, residual, out,
     width, inner, rows,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr, ROUTED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``out = residual + sum over the chosen experts e of weight_e * (down_e hidden_e)``, added in float32."""
     places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -248,14 +219,6 @@ def down_kernel(
     columns = tl.arange(0, BLOCK_K)
     tokens = tl.arange(0, ROWS)
     y = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    if PDL:
-        # the experts were chosen two kernels before, by one that is complete
-        expert = 0
-        if ROUTED and ROWS == 1:
-            expert = tl.maximum(tl.load(ids), 0)
-        first_rows = expert * width.to(tl.int64) + tl.minimum(places, width - 1).to(tl.int64)
-        _prefetch(down + first_rows[:, None] * inner, 16)
-    _take_over(PDL)
     for slot in range(SLOTS):
         expert = slot
         mix = tl.full([ROWS], 1.0, tl.float32)

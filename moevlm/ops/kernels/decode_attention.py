@@ -11,8 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moevlm.ops.kernels.decode import _take_over
-
 
 @triton.jit
 def _rotated(row, norm, cos, sin, mask, eps, HAS_NORM: tl.constexpr, HEAD: tl.constexpr):
@@ -37,7 +35,7 @@ def attend_kernel(
     peaks, sums, mixed, out,
     length, heads, key_heads, window, scaling, eps,
     GROUP: tl.constexpr, PADDED: tl.constexpr, HEAD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_L: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_WINDOW: tl.constexpr, PDL: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program for a row, a key head and a split: [GROUP] queries over its share of the columns.
 
@@ -45,7 +43,6 @@ def attend_kernel(
     SPLITS]; mixed [B, heads, SPLITS, HEAD] float32. The first split adds the new token, from `qkv`, and stores it.
     """
     row, key_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    _take_over(PDL)
     column = tl.load(position).to(tl.int32)
     start = tl.load(starts + row).to(tl.int32)
     first = start
@@ -102,10 +99,9 @@ def attend_kernel(
 
 
 @triton.jit
-def join_kernel(peaks, sums, mixed, out, HEAD: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+def join_kernel(peaks, sums, mixed, out, HEAD: tl.constexpr, SPLITS: tl.constexpr):
     """One program for a row's head: the splits joined; out [B, heads * HEAD]."""
     head = tl.program_id(0)
-    _take_over(PDL)
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, HEAD)
     peak = tl.load(peaks + head * SPLITS + s)
