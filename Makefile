@@ -22,11 +22,11 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 setup: $(VENV)/.installed  ## Make the environment in .venv
 
-demo: setup  ## Train, distil, evaluate and explain a sparse VLM in the miniature world (CPU, under half an hour)
+demo: setup  ## Train, distil, evaluate and explain a sparse VLM in the miniature world (2 CPU cores, under 20 minutes)
 	$(BIN)/python -m experiments.pipeline pipeline=demo
 
 test: setup  ## Run the default tests with coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=85
 
 test-slow: setup  ## Run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"

@@ -60,6 +60,8 @@ def evaluations(settings: Mapping[str, Any], root: Path) -> dict[str, tuple[str,
     found = {name: (model, name, options) for name, model in models.items()}
     if evaluate.get("random_routing"):
         name = evaluate["random_routing"]
+        if name not in models:
+            raise ValueError(f"random_routing is {name!r}, evaluated are {list(models)}; set evaluate.random_routing")
         found[f"{name}_random_routing"] = (models[name], name, {**options, "routing": "random"})
     return found
 

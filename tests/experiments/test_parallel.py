@@ -27,6 +27,7 @@ STAGES = [
 ]
 EVALUATE = [
     "~evaluate.folders",
+    "~evaluate.random_routing",
     "evaluate.models=[alignment, blind]",
     "evaluate.compare=[[alignment, blind]]",
     "evaluate.limit={vqa: 4, pope: 2, descriptions: 1}",
@@ -52,6 +53,7 @@ def settings_of(*overrides: str) -> dict[str, Any]:
         return chains_of(compose("pipeline", [*overrides]))[0]
 
 
+@pytest.mark.slow  # the demo's chain at two steps, in test_pipeline.py, runs two jobs at a time by default
 @pytest.mark.timeout(600)
 def test_processes_side_by_side_leave_what_one_after_another_does(world: Path, tmp_path: Path) -> None:
     for jobs in (1, 2):

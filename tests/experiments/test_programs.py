@@ -173,7 +173,7 @@ def test_a_key_or_choice_that_nobody_knows_ends_in_one_line(override: str, said:
 
 def test_an_unknown_key_is_looked_up_in_the_chosen_files(console: Console) -> None:
     line = only_line(console(train.main, "experiment=mini/moe_tuning", "model.moe.num_expert=2"))
-    fault = "unknown key model.moe.num_expert (did you mean num_experts?); known in model.moe: kernel, num_experts, "
+    fault = "unknown key model.moe.num_expert (did you mean num_experts?); known in model.moe: initialisation, kernel, "
     assert fault in line
 
 

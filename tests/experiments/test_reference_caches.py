@@ -17,7 +17,14 @@ def config(folder: Path, *, num_steps: int, references: str = "auto") -> DictCon
     image = {"image_size": 96, "mode": "pad"}
     return OmegaConf.create(
         {
-            "cache": {"batch_size": 12, "device": "auto", "dtype": None, "references": references},
+            "cache": {
+                "batch_size": 12,
+                "device": "auto",
+                "dtype": None,
+                "references": references,
+                "part": 0,
+                "num_parts": 1,
+            },
             "trainer": {"accelerator": "cpu"},
             "data": {
                 "_target_": "datamodules.preferences.PreferenceDataModule",

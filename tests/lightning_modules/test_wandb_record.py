@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from lightning_modules.wandb_record import read_history
 
 WRITE = """
@@ -35,6 +37,7 @@ logger.experiment.finish()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_refilled_without_repeats(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITE, str(tmp_path)]
     # not this process's W&B service, which an earlier test may have started: it would outlive the kill and hold the run
