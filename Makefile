@@ -26,7 +26,7 @@ demo: setup  ## Train, distil, evaluate and explain a sparse VLM in the miniatur
 	$(BIN)/python -m experiments.pipeline pipeline=demo
 
 test: setup  ## Run the default tests with coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=85
 
 test-slow: setup  ## Run the slow tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
