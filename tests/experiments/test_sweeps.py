@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from experiments.run_folder import read_json
 from experiments.sweeps import shared_keys
+from lightning_modules.checkpoint_io import FolderCheckpointIO
 from tests.experiments.conftest import TINY_RUN
 
 Sweep = Callable[..., subprocess.CompletedProcess[str]]
@@ -50,7 +50,7 @@ def test_each_trial_has_a_folder_and_a_result_and_all_share_a_group(sweep: Sweep
         folder = tmp_path / "mini/moe_tuning" / name
         result = read_json(folder / "result.json")
         assert (result["status"], result["steps"]) == ("finished", 2)
-        saved = torch.load(result["checkpoint"], weights_only=True)["callbacks"]["RunIdentity"]
+        saved = FolderCheckpointIO().load_checkpoint(result["checkpoint"])["callbacks"]["RunIdentity"]
         assert saved["group"] == "mini/moe_tuning"
         assert list((folder / "wandb").glob(f"offline-run-*-{saved['id']}"))
         identities.add(saved["id"])
