@@ -5,6 +5,8 @@ never reach a router. Two coordinate systems follow from splicing: *text coordin
 the one placeholder ``IMAGE_TOKEN_ID``, and *spliced coordinates* (``U``), where it is the model's visual tokens.
 Batches live in text coordinates, because a teacher and its student may see another number of visual tokens;
 `VLMOutput.text_positions` says where every text token went.
+
+Longer than a file should be: it is the one contract that every room reads, and is read as a whole.
 """
 
 from __future__ import annotations
