@@ -87,14 +87,17 @@ def _unknown_key(key: str, config_name: str, overrides: Sequence[str]) -> str:
 
 
 def _composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """The config with the command's choices of files alone."""
+    """The config with the command's choices of files alone; a Hydra that is open stays open."""
     choices = [text for text in overrides if (CONF / text.partition("=")[0].partition("@")[0]).is_dir()]
+    opened = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONFIG_MODULE, version_base=None):
             return compose(config_name, [choice for choice in choices if "," not in choice])
     except (HydraException, CompactHydraException, OSError, OmegaConfBaseException):
         return OmegaConf.create({})
+    finally:
+        GlobalHydra.instance().hydra = opened
 
 
 def _config_value(error: OmegaConfBaseException) -> str:

@@ -58,12 +58,16 @@ def evaluations(settings: Mapping[str, Any], root: Path) -> dict[str, tuple[str,
     options = {key: value for key, value in evaluate.items() if key not in CHAIN_KEYS}
     models = {name: str(root / name / "model") for name in evaluate["models"]} | evaluate.get("folders", {})
     found = {name: (model, name, options) for name, model in models.items()}
-    if evaluate.get("random_routing"):
-        name = evaluate["random_routing"]
+    for name in _names(evaluate.get("random_routing")):
         if name not in models:
-            raise ValueError(f"random_routing is {name!r}, evaluated are {list(models)}; set evaluate.random_routing")
+            raise ValueError(f"random_routing has {name!r}, evaluated are {list(models)}; set evaluate.random_routing")
         found[f"{name}_random_routing"] = (models[name], name, {**options, "routing": "random"})
     return found
+
+
+def _names(value: str | Sequence[str] | None) -> list[str]:
+    """None, one name or several, as a list."""
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def evaluate_model(model: str, target: Path, data_folder: str, options: Mapping[str, Any]) -> Scores:

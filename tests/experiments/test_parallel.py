@@ -13,7 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from experiments.chain import check_chain, needs_of
+from experiments.chain import check_chain, compose_stage, needs_of
 from experiments.jobs import Job, chain_jobs, urgency
 from experiments.parallel import ParallelRun
 from experiments.pipeline import chains_of, run_pipeline
@@ -95,6 +95,21 @@ def test_a_process_that_dies_fails_its_job_alone(tmp_path: Path) -> None:
     os.kill(worker.process.pid, signal.SIGKILL)
     assert worker.answer() == (False, "its process ended with exit code -9")
     worker.stop()
+
+
+def test_an_unknown_key_of_one_stage_leaves_the_next_one_composable() -> None:
+    with initialize_config_module("conf", version_base=None):
+        with pytest.raises(ValueError, match="unknown key optimizer.lrr"):
+            compose_stage("first", "train", ["experiment=mini/moe_tuning", "optimizer.lrr=1.0"])
+        assert compose_stage("second", "train", ["experiment=mini/moe_tuning", "optimizer.lr=1.0"]).optimizer.lr == 1.0
+
+
+def test_several_models_are_evaluated_under_random_routing_too() -> None:
+    asked = "evaluate.random_routing=[sft_sparse, d2s]"
+    settings = settings_of("pipeline=distillation_table", asked)
+    found = {job.target: job.needs for job in chain_jobs(settings) if job.target.endswith("_random_routing")}
+    prefix = settings["name"]
+    assert found == {f"{name}_random_routing": (f"{prefix}/{name}",) for name in ("sft_sparse", "d2s")}
 
 
 def test_what_a_stage_needs_is_its_start_its_after_and_the_folders_it_names() -> None:
