@@ -99,7 +99,7 @@ def test_a_process_that_dies_fails_its_job_alone(tmp_path: Path) -> None:
 
 def test_an_unknown_key_of_one_stage_leaves_the_next_one_composable() -> None:
     with initialize_config_module("conf", version_base=None):
-        with pytest.raises(ValueError, match="unknown key optimizer.lrr"):
+        with pytest.raises(ValueError, match=r"unknown key optimizer\.lrr"):
             compose_stage("first", "train", ["experiment=mini/moe_tuning", "optimizer.lrr=1.0"])
         assert compose_stage("second", "train", ["experiment=mini/moe_tuning", "optimizer.lr=1.0"]).optimizer.lr == 1.0
 
