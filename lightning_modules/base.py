@@ -94,11 +94,22 @@ class VLMStage(Stage):
     def configure_model(self) -> None:
         """Build, freeze, shard. Here and not in __init__, so that a strategy can shard."""
         if self.model is None:  # called again before validate and test
-            self.set_model(self.build_model())
+            model = self.build_model()
+            self.build_beside(model)
+            self.set_model(model)
+
+    def build_beside(self, model: VLM) -> None:
+        """Build what stands beside the model: frozen models, modules that train with it. Nothing by default.
+
+        Before a checkpoint is read: what is made from the model is the same after a resume.
+
+        Args:
+            model: neither frozen nor sharded yet.
+        """
 
     def set_model(self, model: VLM) -> None:
         """Freeze and shard the model, and make it the one that trains."""
-        check_vision_cache(model, self.trainable, self.provided())
+        check_vision_cache(model, self.trainable, self.provided("vision"))
         self.model = self.shard(freeze_except(model, self.trainable).train())
 
     def set_beside(self, modules: nn.ModuleDict) -> None:

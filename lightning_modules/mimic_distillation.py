@@ -76,19 +76,16 @@ class MimicDistillation(VLMStage):
             raise ValueError("the student's own answers have no tokens of another tokenizer; set stage.on_policy=null")
         self.terms: dict[str, DistillationTerms] = {}  # by teacher at hand
 
-    def configure_model(self) -> None:
-        """Build the student as every stage does, and what a cache does not hold of the frozen teachers."""
-        if self.model is not None:
-            return
-        student = self.build_model()
-        cached = {name.removeprefix("rows:") for name in self.provided() if name.startswith("rows:")}
+    def build_beside(self, model: VLM) -> None:
+        """What a cache does not hold of the frozen teachers, and projections to their states."""
+        cached = self.provided("rows")
         for name, build in self.teacher_builders.items():
-            if cached == {"hidden"}:
+            if cached == ["hidden"]:
                 self.set_teacher_head(build().head)
             elif not cached:
                 teacher = build()
-                self.terms[name] = DistillationTerms(self.term_settings, self.wanted, student, teacher)
-                self.set_teacher(teacher, self.teacher_options, student, name=name)
+                self.terms[name] = DistillationTerms(self.term_settings, self.wanted, model, teacher)
+                self.set_teacher(teacher, self.teacher_options, model, name=name)
         further = [name for name in ("visual_kd", *TERM_WEIGHTS) if name in self.wanted]
         if cached:
             if self.on_policy is not None:
@@ -97,7 +94,6 @@ class MimicDistillation(VLMStage):
         if self.tokens.cross_tokenizer is not None:
             self.tokens.check_answers_suffice(further, "a teacher of another tokenizer", "stage.cross_tokenizer=null")
             self.match = self.vocabulary_match()
-        self.set_model(student)
         self.set_beside(build_projections(self.terms, self.seed))
 
     @property

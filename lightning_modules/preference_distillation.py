@@ -83,21 +83,14 @@ class PreferenceDistillation(VLMStage):
         self.save_hyperparameters(ignore=BUILDERS)
         self.build_teacher, self.teacher_options = build_teacher, TeacherOptions.parse(teacher_options)
 
-    def configure_model(self) -> None:
-        """Build policy and references, all before a checkpoint is read: a resumed run keeps its reference."""
-        if self.model is not None:
-            return
-        policy = self.build_model()
-        for name in self._references_at_hand():
-            build = self.build_teacher if name == "teacher" else partial(deepcopy, policy)
-            assert build is not None
-            self.set_teacher(build(), self.teacher_options, policy, name=name)
-        self.set_model(policy)
-
-    def _references_at_hand(self) -> list[str]:
+    def build_beside(self, model: VLM) -> None:
         """The references that are run: caches know the answers of the pairs, not those of a mismatched KL."""
-        cached = set() if self.preference.needs_mismatched_kl else self.provided()
-        return [name for name in self.reference.models if f"reference:{name}" not in cached]
+        cached = [] if self.preference.needs_mismatched_kl else self.provided("reference")
+        for name in self.reference.models:
+            if name not in cached:
+                build = self.build_teacher if name == "teacher" else partial(deepcopy, model)
+                assert build is not None
+                self.set_teacher(build(), self.teacher_options, model, name=name)
 
     def count_units(self, batch: VLMBatch) -> dict[str, int]:
         check_pairs(batch)

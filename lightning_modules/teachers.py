@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,9 +128,12 @@ def has_same_vision(student: VLM, teacher: VLM, trainable: Sequence[str]) -> boo
     )
 
 
-def check_vision_cache(model: VLM, trainable: Sequence[str], provided: Collection[str]) -> None:
-    """Refuse cached features of another encoder than the model's, or for one that trains."""
-    stored = [name.removeprefix("vision:") for name in provided if name.startswith("vision:")]
+def check_vision_cache(model: VLM, trainable: Sequence[str], stored: Sequence[str]) -> None:
+    """Refuse cached features of another encoder than the model's, or for one that trains.
+
+    Args:
+        stored: hash of the encoder whose features the batches carry; empty for none.
+    """
     if not stored:
         return
     encoder, remedy = model.vision_encoder, "set data.vision_cache.enabled=false"
