@@ -63,12 +63,12 @@ class TeacherOptions:
 
 
 def place_teacher(
-    teacher: VLM, options: TeacherOptions, *, mesh: Any = None, param_dtype: str | None = None
+    teacher: VLM, options: TeacherOptions, *, device_mesh: Any = None, param_dtype: str | None = None
 ) -> Callable[[torch.device], None]:
     """Freeze a teacher and keep it as the options say.
 
     Args:
-        mesh: of the ranks that shard the model that trains; None when it is not sharded.
+        device_mesh: of the ranks that shard the model that trains; None when it is not sharded.
         param_dtype: of the computation, when sharded.
 
     Returns:
@@ -80,15 +80,16 @@ def place_teacher(
     teacher.requires_grad_(False).eval()
     placement = options.placement
     if placement == "auto":
-        placement = "sharded" if mesh is not None and options.quantization is None else "replicated"
-    if placement == "sharded" and mesh is None:
+        placement = "sharded" if device_mesh is not None and options.quantization is None else "replicated"
+    if placement == "sharded" and device_mesh is None:
         raise ValueError("a sharded teacher needs a sharded run; set trainer=fsdp or stage.teacher_options.placement")
     if options.quantization is not None:
         quantize_linears(teacher, options.quantization)
-    if placement == "sharded" or (placement == "offloaded" and mesh is not None and options.quantization is None):
-        shard(teacher, mesh, param_dtype=param_dtype, offload=placement == "offloaded")
-        return lambda device: None if placement == "offloaded" else _move(teacher, device)
-    if placement == "offloaded":
+    is_offloaded = placement == "offloaded"
+    if placement == "sharded" or (is_offloaded and device_mesh is not None and options.quantization is None):
+        shard(teacher, device_mesh, param_dtype=param_dtype, offload=is_offloaded)
+        return lambda device: None if is_offloaded else _move(teacher, device)
+    if is_offloaded:
         return _StreamOnce(teacher)
     return lambda device: _move(teacher, device)
 
