@@ -11,8 +11,9 @@ from lightning_modules.mimic_passes import MimicPasses
 from lightning_modules.mimic_settings import MimicSettings, split_settings
 from lightning_modules.objective import Objective, Weight
 from lightning_modules.on_policy import OnPolicy
+from lightning_modules.several_teachers import Teachers
 from lightning_modules.stage import BUILDERS, MakeOptimizer, MakeScheduler
-from lightning_modules.teachers import TeacherOptions, join_objectives, name_teachers, split_by_teacher
+from lightning_modules.teachers import TeacherOptions
 from moevlm.batch import DEFAULT_VIEW, VLMBatch, VLMOutput, VocabularyMatch
 from moevlm.losses.language_modeling import cross_entropy
 from moevlm.losses.selection import count_units_of
@@ -69,8 +70,7 @@ class MimicDistillation(VLMStage):
         self.wanted = [name for name in self.default_weights if self.is_weighted(name)]
         self.term_settings = TermSettings.parse(terms, self.wanted)
         self.save_hyperparameters(ignore=BUILDERS)
-        self.teacher_builders = name_teachers(build_teacher, build_teachers, teacher_of_source)
-        self.teacher_of_source = teacher_of_source
+        self.teachers = Teachers.parse(build_teacher, build_teachers, teacher_of_source)
         self.teacher_options, self.on_policy = TeacherOptions.parse(teacher_options), OnPolicy.parse(on_policy)
         if self.on_policy is not None and self.tokens.cross_tokenizer is not None:
             raise ValueError("the student's own answers have no tokens of another tokenizer; set stage.on_policy=null")
@@ -79,7 +79,7 @@ class MimicDistillation(VLMStage):
     def build_beside(self, model: VLM) -> None:
         """What a cache does not hold of the frozen teachers, and projections to their states."""
         cached = self.provided("rows")
-        for name, build in self.teacher_builders.items():
+        for name, build in self.teachers.builders.items():
             if cached == ["hidden"]:
                 self.set_teacher_head(build().head)
             elif not cached:
@@ -123,12 +123,9 @@ class MimicDistillation(VLMStage):
         return {**super().count_units(batch), "images": batch.num_images, "spans": spans, **further}
 
     def compute_losses(self, batch: VLMBatch) -> Objective:
-        if self.teacher_of_source is None or batch.cached_rows is not None:
-            return self._mimic(batch)
-        parts = split_by_teacher(batch, self.teacher_of_source)
-        return join_objectives([(self._mimic(part, name), is_own) for name, part, is_own in parts])
+        return self.teachers.teach(batch, self._mimic)
 
-    def _mimic(self, batch: VLMBatch, name: str = "teacher") -> Objective:
+    def _mimic(self, batch: VLMBatch, name: str) -> Objective:
         if (batch.teacher_batch is None) != (self.tokens.cross_tokenizer is None):
             raise ValueError(
                 "stage.cross_tokenizer and data.cross_tokenizer (with data.teacher_processor) come together; set both, "

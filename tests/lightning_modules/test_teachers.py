@@ -12,7 +12,8 @@ import torch
 
 from lightning_modules.mimic_distillation import MimicDistillation
 from lightning_modules.on_policy import OnPolicy
-from lightning_modules.teachers import TeacherOptions, has_same_vision, split_by_teacher
+from lightning_modules.several_teachers import split_by_teacher
+from lightning_modules.teachers import TeacherOptions, has_same_vision
 from moevlm.batch import TEACHER_VIEW
 from moevlm.evaluation.regenerate import regenerate
 from moevlm.models.offloading import stream_blocks
@@ -101,7 +102,7 @@ def test_equal_frozen_vision_encoders_encode_an_image_once() -> None:
             build_dense, build_dense, sgd, loss_weights={"lm": 1.0}, teacher_options={"share_vision": share}
         )
         calls: list[int] = []
-        stage.teacher_builders["teacher"] = partial(_counted, stage.teacher_builders["teacher"], calls)
+        stage.teachers.builders["teacher"] = partial(_counted, stage.teachers.builders["teacher"], calls)
         fit(stage, [make_batch(), make_batch(1)])
         counts.append(len(calls))
         results.append(parameters_of(stage))
