@@ -185,11 +185,11 @@ def test_a_batch_is_cut_by_the_teacher_of_each_source() -> None:
 
 def test_on_policy_steps_are_the_share_asked_for_and_the_same_on_every_rank() -> None:
     settings = OnPolicy.parse({"fraction": 0.3})
-    assert settings is not None
     drawn = [settings.is_drawn(seed=4, step=step) for step in range(2000)]
     assert sum(drawn) / 2000 == pytest.approx(0.3, abs=0.04)
     assert drawn == [settings.is_drawn(seed=4, step=step) for step in range(2000)]
-    assert OnPolicy.parse({"fraction": 0.0}) is None
+    for none in (None, {"fraction": 0.0}):
+        assert not any(OnPolicy.parse(none).is_drawn(seed=4, step=step) for step in range(100))
     for values in ({"max_new_tokens": 3}, {"fraction": 1.5}, {"fraction": 0.5, "share": 1}):
         with pytest.raises(ValueError, match=r"on_policy"):
             OnPolicy.parse(values)
