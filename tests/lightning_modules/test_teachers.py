@@ -131,6 +131,27 @@ def test_a_teacher_with_a_view_of_its_own_looks_for_itself() -> None:
     assert fit(stage, [other]).callback_metrics["train/kd_loss"] > 1e-6
 
 
+@torch.no_grad()
+def test_two_evaluations_of_teacher_or_student_are_identical() -> None:
+    """Both models have what is random in training; the teacher is asked while the student draws."""
+    random = {"policy": "deepspeed", "capacity_factor": 0.5, "drop_order": "random", "sample_second_choice": True}
+    build = partial(build_sparse, moe={**random, "jitter": 0.5}, attention_dropout=0.5)
+    stage, batch = MimicDistillation(build, partial(build, seed=7), adamw), make_batch()
+    with torch.enable_grad():
+        fit(stage, [batch])
+    found: dict[str, list[torch.Tensor]] = {"training": [], "teacher": [], "evaluation": []}
+    for _ in range(2):
+        student = stage.train().model(batch)
+        found["training"].append(student.hidden_states)
+        found["teacher"].append(stage.ask_teacher(batch, student).hidden_states)
+        found["evaluation"].append(stage.eval().model(batch).hidden_states)
+    assert {name: torch.equal(*pair) for name, pair in found.items()} == {
+        "training": False,
+        "teacher": True,
+        "evaluation": True,
+    }
+
+
 def test_a_part_of_a_batch_is_the_batch_of_its_sequences() -> None:
     letters = ("siqqaa", "sqqa", "iqaqaa")
     whole, part = tiny_batch(letters, content_seed=3), tiny_batch(letters).select([2, 1])
