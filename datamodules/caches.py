@@ -14,14 +14,13 @@ from moevlm.data.cache_key import CacheKey, hash_model_folder, hash_values
 from moevlm.data.reader import IndexedShards
 from moevlm.data.teacher_cache import TeacherCache
 from moevlm.evaluation.teacher_caching import CacheRequest
+from moevlm.losses.references import REFERENCES
 from moevlm.preprocessing.processor import Processor
 
 Attach = Callable[[list[EncodedSample], int, int], list[EncodedSample]]
 """(a sample's sequences, source, number in the source) -> the same with what the caches hold."""
 
 SETTINGS = ("teacher", "kind", "width", "proposal", "dtype", "seed", "vocab_size")
-REFERENCES_OF = {"teacher": ("teacher",), "self": ("self",), "blend": ("teacher", "self")}
-"""Which models' log-probabilities a preference stage's `reference` needs."""
 
 
 def check_cache_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -133,7 +132,7 @@ class _Attach:
 
 def references_of(use: str | None, folders: Mapping[str, str | None]) -> dict[str, str]:
     """The models whose log-probabilities ``stage.reference`` needs, of those that have a folder to be named by."""
-    names = REFERENCES_OF.get(use or "", ())
+    names = REFERENCES.get(use or "", ())
     return {name: str(folders[name]) for name in names if folders.get(name) is not None}
 
 

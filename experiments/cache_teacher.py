@@ -1,6 +1,6 @@
 """Write the teacher caches that a training run reads, beside its shards; what is there already stays.
 
-python -m experiments.cache_teacher experiment=mini/distillation/offline
+python -m experiments.cache_teacher experiment=distillation/offline
 """
 
 from __future__ import annotations

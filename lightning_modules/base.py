@@ -94,25 +94,38 @@ class VLMStage(Stage):
     def configure_model(self) -> None:
         """Build, freeze, shard. Here and not in __init__, so that a strategy can shard."""
         if self.model is None:  # called again before validate and test
-            self.set_model(self.build_model())
+            model = self.build_model()
+            self.build_beside(model)
+            self.set_model(model)
+
+    def build_beside(self, model: VLM) -> None:
+        """Build what stands beside the model: frozen models, modules that train with it. Nothing by default.
+
+        Before a checkpoint is read: what is made from the model is the same after a resume.
+
+        Args:
+            model: neither frozen nor sharded yet.
+        """
 
     def set_model(self, model: VLM) -> None:
         """Freeze and shard the model, and make it the one that trains."""
-        check_vision_cache(model, self.trainable, self.provided())
+        check_vision_cache(model, self.trainable, self.provided("vision"))
         self.model = self.shard(freeze_except(model, self.trainable).train())
 
     def set_beside(self, modules: nn.ModuleDict) -> None:
         """Keep modules that train with the model; sharded like it, in the stage's checkpoints, in no model folder."""
-        mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
-        param_dtype = getattr(self.trainer.strategy, "param_dtype", None)
         for module in modules.values():
-            shard_module(module, mesh, param_dtype=param_dtype)
+            shard_module(module, **self._sharding())
         self.beside = modules
 
     def shard(self, model: VLM) -> VLM:
         """Shard over the strategy's devices; the same model under DDP and on one device."""
+        return shard(model, **self._sharding())
+
+    def _sharding(self) -> dict[str, Any]:
+        """The devices to shard over, None for whole models, and the precision of the computation."""
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
-        return shard(model, mesh, param_dtype=getattr(self.trainer.strategy, "param_dtype", None))
+        return {"device_mesh": mesh, "param_dtype": getattr(self.trainer.strategy, "param_dtype", None)}
 
     def set_teacher(
         self, teacher: VLM, options: TeacherOptions | None = None, student: VLM | None = None, *, name: str = "teacher"
@@ -126,9 +139,7 @@ class VLMStage(Stage):
         """
         options = options or TeacherOptions()
         is_same = student is not None and options.share_vision and has_same_vision(student, teacher, self.trainable)
-        mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
-        param_dtype = getattr(self.trainer.strategy, "param_dtype", None)
-        move = place_teacher(teacher, options, mesh=mesh, param_dtype=param_dtype)
+        move = place_teacher(teacher, options, **self._sharding())
         self.frozen[name] = Frozen(teacher, move, is_same)
 
     def set_teacher_head(self, head: Head) -> None:

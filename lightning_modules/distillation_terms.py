@@ -158,3 +158,8 @@ def build_projections(terms: Mapping[str, DistillationTerms], seed: int) -> nn.M
         torch.manual_seed(seed)
         lists = {name: one.projections() for name, one in terms.items()}
     return nn.ModuleDict({f"{name}_hidden_{i}": one for name, found in lists.items() for i, one in enumerate(found)})
+
+
+def projections_of(modules: nn.ModuleDict, teacher: str) -> list[nn.Module]:
+    """Those of one teacher, pair by pair, out of what `build_projections` made."""
+    return [module for name, module in modules.items() if name.startswith(f"{teacher}_hidden_")]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_modules.mimic_settings import TokenSettings
+from lightning_modules.mimic_settings import MimicPlan
 from lightning_modules.objective import Objective
-from moevlm.batch import CachedRows, Head, VLMBatch, VLMOutput, VocabularyMatch
+from moevlm.batch import Head, VLMBatch, VLMOutput, VocabularyMatch
 from moevlm.losses.cross_tokenizer import span_loss, span_rows
 from moevlm.losses.distillation import TokenLosses, token_losses
 from moevlm.losses.mean import Mean, Unit
@@ -27,14 +27,12 @@ class MimicPasses:
     Attributes:
         head: of the student.
         weights: of the losses at this step; their gradients are added up here (`Objective.joint`).
-        measure_gradients: report how long the gradients of kd and lm to the logits are.
         kernel: of the losses.
     """
 
     head: Head
-    settings: TokenSettings
+    plan: MimicPlan
     weights: Mapping[str, float]
-    measure_gradients: bool = False
     kernel: str = "auto"
 
     def over_tokens(
@@ -45,8 +43,8 @@ class MimicPasses:
         Args:
             name: of the loss: "kd", which is weighted by token, reported with telemetry and by source, or "visual_kd".
         """
-        is_main, settings = name == "kd", self.settings
-        with_lm = is_main and settings.tokens == "answer"
+        is_main, settings = name == "kd", self.plan.tokens
+        with_lm = is_main and settings.selection == "answer"
         found = token_losses(
             student.hidden_states[rows.student_rows],
             self.head,
@@ -56,24 +54,24 @@ class MimicPasses:
             weighting=settings.weighting if is_main else "uniform",
             kd_weight=self.weights[name],
             lm_weight=self.weights["lm"] if with_lm else 0.0,
-            measure_gradients=self.measure_gradients and with_lm,
+            measure_gradients=self.plan.measures_gradients and with_lm,
             kernel=self.kernel,
         )
         losses = {name: found.kd} | ({"lm": found.lm} if with_lm else {})
         sources_R = batch.sources[student.sequence_ids[rows.student_rows]]
         return _objective(losses, found, rows.unit, sources_R, settings.source_names if is_main else (), student)
 
-    def against(
-        self, teacher: VLM, batch: VLMBatch, student: VLMOutput, output: VLMOutput, *, visual: bool
-    ) -> Objective:
-        """The token passes against a teacher that read the same tokens: kd, and visual_kd on request.
+    def against(self, teacher: VLM, batch: VLMBatch, student: VLMOutput, output: VLMOutput) -> Objective:
+        """The token passes against a teacher that read the same tokens: kd, and visual_kd where it is wanted.
 
         Args:
             output: of the teacher.
         """
-        settings = self.settings
-        chosen = {"kd": select(settings.tokens, batch, student, output, affinity_fraction=settings.affinity_fraction)}
-        if visual:
+        settings = self.plan.tokens
+        chosen = {
+            "kd": select(settings.selection, batch, student, output, affinity_fraction=settings.affinity_fraction)
+        }
+        if "visual_kd" in self.plan.wanted:
             chosen["visual_kd"] = select("visual", batch, student, output)
         found = []
         for name, rows in chosen.items():
@@ -85,10 +83,10 @@ class MimicPasses:
             first.joint += further.joint
         return first
 
-    def over_cache(
-        self, cached: CachedRows, batch: VLMBatch, student: VLMOutput, teacher_head: Head | None
-    ) -> Objective:
+    def over_cache(self, batch: VLMBatch, student: VLMOutput, teacher_head: Head | None) -> Objective:
         """What a cache holds of a batch's supervised tokens; hidden states need the teacher's head."""
+        cached = batch.cached_rows
+        assert cached is not None
         rows_R, targets_R = student.prediction_rows(batch.labels)
         answers = Selection(rows_R, rows_R, targets_R, "targets")
         if cached.hidden_states is None:
@@ -102,7 +100,8 @@ class MimicPasses:
         """A teacher of another tokenizer reads a row of its own; the two meet in spans of text."""
         assert batch.teacher_batch is not None
         assert batch.spans is not None
-        assert self.settings.cross_tokenizer is not None
+        settings = self.plan.tokens
+        assert settings.cross_tokenizer is not None
         bounds_K4 = batch.spans.bounds
         with torch.no_grad():
             other = span_rows(teacher(batch.teacher_batch), teacher.head, batch.teacher_batch, bounds_K4[:, 2:])
@@ -110,9 +109,9 @@ class MimicPasses:
             span_rows(student, self.head, batch, bounds_K4[:, :2]),
             other,
             None if match is None else match.to(bounds_K4.device),
-            method=self.settings.cross_tokenizer,
-            divergence=self.settings.divergence,
-            unmatched_weight=self.settings.unmatched_weight,
+            method=settings.cross_tokenizer,
+            divergence=settings.divergence,
+            unmatched_weight=settings.unmatched_weight,
         )
         return Objective({"kd": kd}, output=student)
 

@@ -32,10 +32,10 @@ class OnPolicy:
     temperature: float = 1.0
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any] | None) -> OnPolicy | None:
-        """From a config's mapping; None for none."""
+    def parse(cls, values: Mapping[str, Any] | None) -> OnPolicy:
+        """From a config's mapping; of no step for none."""
         if not values:
-            return None
+            return cls(0.0)
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown or "fraction" not in values:
             raise ValueError(
@@ -47,7 +47,7 @@ class OnPolicy:
                 "on_policy needs fraction in [0, 1], max_new_tokens >= 1 and temperature >= 0, got "
                 f"{dict(values)}; set stage.on_policy"
             )
-        return settings if settings.fraction > 0 else None
+        return settings
 
     def is_drawn(self, seed: int, step: int) -> bool:
         """Whether a step is on-policy: a pure function of seed and step, the same on every rank and after a resume."""

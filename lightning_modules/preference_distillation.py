@@ -17,21 +17,18 @@ from lightning_modules.stage import BUILDERS, MakeOptimizer, MakeScheduler, VLMS
 from lightning_modules.teachers import TeacherOptions
 from moevlm.batch import DEFAULT_VIEW, IGNORE_INDEX, TEACHER_VIEW, VLMBatch, VLMOutput
 from moevlm.losses.language_modeling import cross_entropy
-from moevlm.losses.log_probs import row_log_probs, sum_by_sequence
 from moevlm.losses.mean import Mean
-from moevlm.losses.preference import Preference, blend_references, preference_loss, reward_metrics, split_pairs
+from moevlm.losses.preference import (
+    Preference,
+    check_pairs,
+    chosen_labels,
+    preference_loss,
+    reward_metrics,
+    split_pairs,
+)
+from moevlm.losses.references import Reference, log_ratios
 from moevlm.models.vlm import VLM
 from moevlm.preprocessing.mismatch import mismatched_batch
-
-REFERENCES: dict[str, tuple[str, ...]] = {
-    "teacher": ("teacher",),
-    "self": ("self",),
-    "blend": ("teacher", "self"),
-    "none": (),
-}
-"""The frozen models of each reference: the teacher, a copy of the policy as it was built, both, or none (SimPO)."""
-
-AGGREGATIONS = ("sum", "mean")
 
 
 class PreferenceDistillation(VLMStage):
@@ -67,7 +64,7 @@ class PreferenceDistillation(VLMStage):
         Args:
             build_model: the policy.
             build_teacher: needed for the references "teacher" and "blend", not built otherwise.
-            reference: one of REFERENCES.
+            reference: a key of `moevlm.losses.references.REFERENCES`.
             teacher_share: of the teacher in "blend".
             loss: "dpo", "hinge", "ipo", "simpo", "kto" or "kto_pair"; formulas in `moevlm.losses.preference`.
             beta: how strongly the policy is held to the reference.
@@ -78,36 +75,26 @@ class PreferenceDistillation(VLMStage):
         """
         super().__init__(build_model, optimizer, scheduler, trainable=trainable, loss_weights=loss_weights, **settings)
         self.preference = Preference(loss, beta, margin, desirable_weight, undesirable_weight)
-        _check_reference(reference, teacher_share, aggregation, build_teacher)
+        self.reference = Reference(reference, teacher_share, aggregation)
+        if "teacher" in self.reference.models and build_teacher is None:
+            raise ValueError(
+                f"reference {reference!r} needs a teacher; set stage.build_teacher, or stage.reference=self"
+            )
         self.save_hyperparameters(ignore=BUILDERS)
-        self.build_teacher, self.references, self.teacher_share = build_teacher, REFERENCES[reference], teacher_share
-        self.teacher_options = TeacherOptions.parse(teacher_options)
-        self.takes_mean = aggregation == "mean"
+        self.build_teacher, self.teacher_options = build_teacher, TeacherOptions.parse(teacher_options)
 
-    def configure_model(self) -> None:
-        """Build policy and references, all before a checkpoint is read: a resumed run keeps its reference."""
-        if self.model is not None:
-            return
-        policy = self.build_model()
-        for name in self._references_at_hand():
-            build = self.build_teacher if name == "teacher" else partial(deepcopy, policy)
-            assert build is not None
-            self.set_teacher(build(), self.teacher_options, policy, name=name)
-        self.set_model(policy)
-
-    def _references_at_hand(self) -> list[str]:
+    def build_beside(self, model: VLM) -> None:
         """The references that are run: caches know the answers of the pairs, not those of a mismatched KL."""
-        cached = set() if self.preference.needs_mismatched_kl else self.provided()
-        return [name for name in self.references if f"reference:{name}" not in cached]
+        cached = [] if self.preference.needs_mismatched_kl else self.provided("reference")
+        for name in self.reference.models:
+            if name not in cached:
+                build = self.build_teacher if name == "teacher" else partial(deepcopy, model)
+                assert build is not None
+                self.set_teacher(build(), self.teacher_options, model, name=name)
 
     def count_units(self, batch: VLMBatch) -> dict[str, int]:
-        if 2 * batch.num_pairs != batch.num_sequences:
-            lonely = [key for key, pair in zip(batch.keys, batch.pair_ids.tolist()) if pair < 0] or list(batch.keys)
-            raise ValueError(
-                f"{batch.num_sequences} sequences make {batch.num_pairs} pairs: preference distillation needs a "
-                f"rejected answer beside each chosen one, which {', '.join(lonely[:3])} lacks; set data to preferences"
-            )
-        chosen = int((self._chosen_labels(batch) != IGNORE_INDEX).sum()) if self.is_weighted("lm") else 0
+        check_pairs(batch)
+        chosen = int((chosen_labels(batch) != IGNORE_INDEX).sum()) if self.is_weighted("lm") else 0
         return {**super().count_units(batch), "targets": chosen}
 
     def compute_losses(self, batch: VLMBatch) -> Objective:
@@ -117,38 +104,19 @@ class PreferenceDistillation(VLMStage):
         mismatched_kl = self._mismatched_kl(batch) if self.preference.needs_mismatched_kl else None
         losses = {"preference": preference_loss(chosen_P, rejected_P, self.preference, mismatched_kl=mismatched_kl)}
         if self.is_weighted("lm"):
-            losses["lm"] = cross_entropy(policy, self.model.head, self._chosen_labels(batch), kernel=self.loss_kernel)
+            losses["lm"] = cross_entropy(policy, self.model.head, chosen_labels(batch), kernel=self.loss_kernel)
         metrics |= reward_metrics(chosen_P, rejected_P, beta=self.preference.beta)
         if mismatched_kl is not None:
             metrics["mismatched_kl"] = Mean(mismatched_kl * chosen_P.numel(), chosen_P.numel(), "pairs")
         return Objective(losses | self.router_losses(policy), metrics, policy)
 
     def _log_ratios(self, batch: VLMBatch, policy: VLMOutput) -> tuple[Tensor, dict[str, Mean]]:
-        """[B] log pi - log pi_ref of each answer; and the KL to the reference, a mean over the answers' tokens."""
-        rows, targets = policy.prediction_rows(batch.labels)
-        asked, at_hand = [], [name for name in self.references if name in self.frozen]
-        for name in at_hand:
+        asked = {}
+        for name in self.frozen:
             output = self.ask_teacher(batch, policy, view=DEFAULT_VIEW if name == "self" else TEACHER_VIEW, name=name)
-            asked.append((output.hidden_states[output.prediction_rows(batch.labels)[0]], self.frozen[name].model.head))
-        found = row_log_probs(policy.hidden_states[rows], self.model.head, targets, asked)
-        sequences = batch.sequence_ids()[batch.labels != IGNORE_INDEX]
-        add_up = partial(
-            sum_by_sequence, sequences_R=sequences, num_sequences=batch.num_sequences, mean=self.takes_mean
-        )
-        log_ratios_B = add_up(found.policy)
-        if not self.references:
-            return log_ratios_B, {}
-        references = dict(zip(at_hand, map(add_up, found.references))) | self._cached_references(batch, at_hand)
-        blended_B = blend_references(references, self.teacher_share)
-        if len(at_hand) < len(self.references):
-            return log_ratios_B - blended_B, {}  # a cache holds no distribution
-        kl_R = blend_references(dict(zip(self.references, found.kl)), self.teacher_share)
-        return log_ratios_B - blended_B, {"reference_kl": Mean(kl_R.sum(), rows.numel(), "targets")}
-
-    def _cached_references(self, batch: VLMBatch, at_hand: Sequence[str]) -> dict[str, Tensor]:
-        """[B] by name; a cache holds the sum over an answer's tokens."""
-        divisors_B = batch.targets_per_sequence().clamp(min=1) if self.takes_mean else 1
-        return {name: batch.reference_log_probs[name] / divisors_B for name in self.references if name not in at_hand}
+            rows_R, _ = output.prediction_rows(batch.labels)
+            asked[name] = output.hidden_states[rows_R], self.frozen[name].model.head
+        return log_ratios(batch, policy, self.model.head, asked, self.reference)
 
     @torch.no_grad()
     def _mismatched_kl(self, batch: VLMBatch) -> Tensor:
@@ -157,18 +125,3 @@ class PreferenceDistillation(VLMStage):
         log_ratios_B, _ = self._log_ratios(mismatched, self.model(mismatched))
         total, count = sum_over_ranks(torch.stack([log_ratios_B.sum(), log_ratios_B.new_tensor(len(log_ratios_B))]))
         return total / count
-
-    @staticmethod
-    def _chosen_labels(batch: VLMBatch) -> Tensor:
-        return torch.where(batch.is_chosen[batch.sequence_ids()], batch.labels, IGNORE_INDEX)
-
-
-def _check_reference(reference: str, teacher_share: float, aggregation: str, build_teacher: object) -> None:
-    if reference not in REFERENCES:
-        raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}; set stage.reference")
-    if "teacher" in REFERENCES[reference] and build_teacher is None:
-        raise ValueError(f"reference {reference!r} needs a teacher; set stage.build_teacher, or stage.reference=self")
-    if not 0 <= teacher_share <= 1:
-        raise ValueError(f"teacher_share must lie in [0, 1], got {teacher_share}; set stage.teacher_share")
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}; set stage.aggregation")

@@ -134,10 +134,11 @@ class Stage(LightningModule):
         """The weight of every loss at the present optimizer step."""
         return self._adapted({name: weight_at(weight, self.global_step) for name, weight in self.loss_weights.items()})
 
-    def provided(self) -> frozenset[str]:
-        """What the datamodule's batches carry of frozen models, from caches (`VLMDataModule.provides`)."""
+    def provided(self, kind: str) -> list[str]:
+        """Which "rows", "reference" or "vision" the batches carry from caches (`VLMDataModule.provides`)."""
         datamodule = getattr(self._trainer, "datamodule", None)
-        return getattr(datamodule, "provides", frozenset())
+        found = (name.split(":", 1) for name in getattr(datamodule, "provides", frozenset()))
+        return [name for prefix, name in found if prefix == kind]
 
     def vocabulary_match(self) -> VocabularyMatch | None:
         """Which tokens the student shares with a teacher of another tokenizer (`VLMDataModule.vocabulary_match`)."""

@@ -90,7 +90,7 @@ def _constants(scale: PixelScale, device: torch.device) -> tuple[Tensor, Tensor,
 class CachedRows:
     """What a teacher said of R supervised tokens, as a cache keeps it; in the order of the labels.
 
-    Formulas in `moevlm.losses.cached`.
+    Formulas in `moevlm.losses.stored_rows`.
     """
 
     kind: str  # "top_k", "sampled" or "hidden"

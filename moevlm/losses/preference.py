@@ -1,7 +1,7 @@
 """Preference losses on pairs of a chosen and a rejected answer: DPO, hinge, IPO, SimPO, KTO and LLaVA-MoD's paired KTO.
 
 With ``r = log pi(y) - log pi_ref(y)`` the log-ratio of an answer, each loss sees r of the chosen and of the rejected
-answer of a pair. They differ in what they do with them. Log-probabilities are made in `moevlm.losses.log_probs`.
+answer of a pair. They differ in what they do with them. Log-ratios are made in `moevlm.losses.references`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from moevlm.batch import NO_PAIR
+from moevlm.batch import IGNORE_INDEX, NO_PAIR, VLMBatch
 from moevlm.losses.mean import Mean
 
 
@@ -129,18 +129,6 @@ def preference_loss(
     return Mean(values_P.sum(), chosen_P.numel(), "pairs")
 
 
-def blend_references(log_probs: dict[str, Tensor], teacher_share: float) -> Tensor:
-    """``a log pi_teacher(y) + (1 - a) log pi_self(y)``, [B]: the reference ``pi_teacher^a pi_self^(1-a) / Z(x)``. Ours.
-
-    Z depends on the prompt alone, so it cancels in every loss of a difference of log-ratios. With the keys of one
-    reference only, that one.
-    """
-    if set(log_probs) != {"teacher", "self"}:
-        (only,) = log_probs.values()
-        return only
-    return teacher_share * log_probs["teacher"] + (1 - teacher_share) * log_probs["self"]
-
-
 def split_pairs(values_B: Tensor, pair_ids_B: Tensor, is_chosen_B: Tensor) -> tuple[Tensor, Tensor]:
     """Values of the chosen and of the rejected sequences, [P] each, pair by pair; sequences of no pair are left out.
 
@@ -158,6 +146,21 @@ def split_pairs(values_B: Tensor, pair_ids_B: Tensor, is_chosen_B: Tensor) -> tu
             f"{pair_ids_B[halves[0]].tolist()} chosen and {pair_ids_B[halves[1]].tolist()} rejected"
         )
     return values_B[halves[0]], values_B[halves[1]]
+
+
+def check_pairs(batch: VLMBatch) -> None:
+    """Raise a ValueError unless every sequence of the micro-batch belongs to a pair."""
+    if 2 * batch.num_pairs != batch.num_sequences:
+        lonely = [key for key, pair in zip(batch.keys, batch.pair_ids.tolist()) if pair < 0] or list(batch.keys)
+        raise ValueError(
+            f"{batch.num_sequences} sequences make {batch.num_pairs} pairs: preference distillation needs a "
+            f"rejected answer beside each chosen one, which {', '.join(lonely[:3])} lacks; set data to preferences"
+        )
+
+
+def chosen_labels(batch: VLMBatch) -> Tensor:
+    """[T] the labels of the chosen answers alone."""
+    return torch.where(batch.is_chosen[batch.sequence_ids()], batch.labels, IGNORE_INDEX)
 
 
 def reward_metrics(chosen_P: Tensor, rejected_P: Tensor, *, beta: float) -> dict[str, Mean]:

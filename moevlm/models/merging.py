@@ -51,17 +51,9 @@ def build_modular(
         return vlm.train()
     if (base is None) == (not experts):
         raise ValueError("a modular model starts either from model.base or from model.experts; set one of them")
-    first = load_pretrained(base if base is not None else experts[0])
+    first = load_pretrained(base if base is not None else experts[0], gradient_checkpointing=gradient_checkpointing)
     _check_dense(first, base or experts[0])
-    vlm = ModularVLM(
-        first.vision_encoder,
-        first.connector,
-        first.language_model,
-        num_experts=len(experts) or num_experts or 0,
-        has_common=common,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-    )
+    vlm = ModularVLM(first, num_experts=len(experts) or num_experts or 0, has_common=common, seed=seed)
     for decoder, folder in zip(vlm.other_decoders, experts[1:]):
         other = load_pretrained(folder)
         _check_same(first, other, folder, own="decoder")

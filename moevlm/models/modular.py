@@ -18,11 +18,9 @@ from transformers import Cache, PreTrainedModel
 
 from moevlm.batch import DEFAULT_VIEW, Segment, VLMBatch, VLMOutput
 from moevlm.models.attention import PackedSequences
-from moevlm.models.connector import Connector
 from moevlm.models.decoder import decoder_layers
 from moevlm.models.moe.router import Router
 from moevlm.models.splicing import SplicedInputs
-from moevlm.models.vision_encoder import VisionEncoder
 from moevlm.models.vlm import VLM
 
 
@@ -35,20 +33,11 @@ class ModularVLM(VLM):
     source (source e to expert e), otherwise to the router's first choice.
     """
 
-    def __init__(
-        self,
-        vision_encoder: VisionEncoder | None,
-        connector: Connector | None,
-        language_model: PreTrainedModel,
-        *,
-        num_experts: int,
-        has_common: bool = False,
-        gradient_checkpointing: bool | str | Sequence[str] = False,
-        seed: int = 0,
-    ) -> None:
-        """Make every expert a copy of `language_model`'s decoder.
+    def __init__(self, dense: VLM, *, num_experts: int, has_common: bool = False, seed: int = 0) -> None:
+        """Take over the parts of a dense model, and make every expert a copy of its decoder.
 
         Args:
+            dense: with gradient checkpointing as the experts shall have it.
             num_experts: without the common one.
             has_common: one more expert, for every sequence.
             seed: of the router.
@@ -58,12 +47,12 @@ class ModularVLM(VLM):
         """
         if num_experts < 2:
             raise ValueError(f"a modular model needs at least 2 experts, got {num_experts}; set model.num_experts")
-        super().__init__(vision_encoder, connector, language_model, gradient_checkpointing=gradient_checkpointing)
+        super().__init__(dense.vision_encoder, dense.connector, dense.language_model)
         self.num_experts, self.has_common = num_experts, has_common
         self.other_decoders = nn.ModuleList(
-            _without_embeddings(language_model) for _ in range(num_experts - 1 + has_common)
+            _without_embeddings(self.language_model) for _ in range(num_experts - 1 + has_common)
         )
-        self.domain_router = Router(language_model.config.hidden_size, num_experts, seed=seed)
+        self.domain_router = Router(self.language_model.config.hidden_size, num_experts, seed=seed)
 
     @property
     def decoders(self) -> list[nn.Module]:

@@ -174,10 +174,9 @@ def _build(config: dict[str, Any], *, gradient_checkpointing: bool | str | Seque
         connector = build_connector(
             config["connector"], vision_encoder.width, language_model.config.hidden_size, vision_encoder.num_tokens
         )
-    parts = (vision_encoder, connector, language_model)
+    vlm = VLM(vision_encoder, connector, language_model, gradient_checkpointing=gradient_checkpointing)
     if config.get("modular") is not None:
-        return ModularVLM(*parts, **config["modular"], gradient_checkpointing=gradient_checkpointing)
-    vlm = VLM(*parts, gradient_checkpointing=gradient_checkpointing)
+        return ModularVLM(vlm, **config["modular"])
     if config["moe"] is not None:
         make_sparse(vlm, MoESettings.from_dict(config["moe"]), initialise=False)
     if config.get("lora") is not None:  # folders of before have no such key

@@ -161,8 +161,7 @@ def build_adapted() -> VLM:
 
 def build_modular() -> ModularVLM:
     """Two whole-model experts and a common one, moved apart."""
-    base = build_dense()
-    vlm = ModularVLM(base.vision_encoder, base.connector, base.language_model, num_experts=2, has_common=True)
+    vlm = ModularVLM(build_dense(), num_experts=2, has_common=True)
     with torch.no_grad():
         for decoder in vlm.other_decoders:
             for parameter in decoder.parameters():

@@ -70,9 +70,15 @@ def test_options_that_do_not_fit_are_refused_in_one_line() -> None:
     stage = MimicDistillation(build_student, build_teacher, adamw, cross_tokenizer="uld")
     with pytest.raises(ValueError, match="come together; set both, or neither"):
         fit(stage, [make_batch()])
-    stage = MimicDistillation(build_student, build_teacher, adamw, cross_tokenizer="uld", loss_weights={"hidden": 1.0})
-    with pytest.raises(ValueError, match="another tokenizer knows the answers' tokens only, not what hidden looks at"):
-        fit(stage, [batch()])
+    further: list[tuple[dict[str, Any], str]] = [
+        ({"loss_weights": {"hidden": 1.0, "visual_kd": 1.0}}, "visual_kd, hidden"),
+        ({"kd_tokens": "all"}, "kd_tokens=all"),
+        ({"on_policy": {"fraction": 0.5}}, "on_policy"),
+    ]
+    for options, named in further:
+        message = f"another tokenizer knows the given answers' tokens only, not what {named} looks at"
+        with pytest.raises(ValueError, match=message):
+            MimicDistillation(build_student, build_teacher, adamw, cross_tokenizer="uld", **options)
     with pytest.raises(ValueError, match=r"cannot be cut; give stage.build_teacher alone"):
         batch().select([0])
 

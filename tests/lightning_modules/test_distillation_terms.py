@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,3 +160,17 @@ def test_terms_without_effect_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"has layers 0 to 1, asked for \[9\]"):
         fit(stage, [make_batch()])
+
+
+def test_what_a_cache_does_not_know_is_refused() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"loss_weights": {"relation": 1.0}}, "relation"),
+        ({"kd_tokens": "text"}, "kd_tokens=text"),
+        ({"on_policy": {"fraction": 0.5}}, "on_policy"),
+    ]
+    for options, named in cases:
+        stage = MimicDistillation(build_dense, build_teacher, adamw, **options)
+        stage._trainer = SimpleNamespace(datamodule=SimpleNamespace(provides=frozenset({"rows:top_k"})))
+        message = f"a teacher cache knows the given answers' tokens only, not what {named} looks at"
+        with pytest.raises(ValueError, match=message):
+            stage.configure_model()

@@ -12,7 +12,8 @@ import torch
 
 from lightning_modules.mimic_distillation import MimicDistillation
 from lightning_modules.on_policy import OnPolicy
-from lightning_modules.teachers import TeacherOptions, has_same_vision, split_by_teacher
+from lightning_modules.several_teachers import split_by_teacher
+from lightning_modules.teachers import TeacherOptions, has_same_vision
 from moevlm.batch import TEACHER_VIEW
 from moevlm.evaluation.regenerate import regenerate
 from moevlm.models.offloading import stream_blocks
@@ -101,7 +102,7 @@ def test_equal_frozen_vision_encoders_encode_an_image_once() -> None:
             build_dense, build_dense, sgd, loss_weights={"lm": 1.0}, teacher_options={"share_vision": share}
         )
         calls: list[int] = []
-        stage.teacher_builders["teacher"] = partial(_counted, stage.teacher_builders["teacher"], calls)
+        stage.teachers.builders["teacher"] = partial(_counted, stage.teachers.builders["teacher"], calls)
         fit(stage, [make_batch(), make_batch(1)])
         counts.append(len(calls))
         results.append(parameters_of(stage))
@@ -128,6 +129,27 @@ def test_a_teacher_with_a_view_of_its_own_looks_for_itself() -> None:
     other = dataclasses.replace(batch, images={**batch.images, TEACHER_VIEW: torch.zeros_like(batch.view("default"))})
     stage = MimicDistillation(build_dense, build_dense, adamw)
     assert fit(stage, [other]).callback_metrics["train/kd_loss"] > 1e-6
+
+
+@torch.no_grad()
+def test_two_evaluations_of_teacher_or_student_are_identical() -> None:
+    """Both models have what is random in training; the teacher is asked while the student draws."""
+    random = {"policy": "deepspeed", "capacity_factor": 0.5, "drop_order": "random", "sample_second_choice": True}
+    build = partial(build_sparse, moe={**random, "jitter": 0.5}, attention_dropout=0.5)
+    stage, batch = MimicDistillation(build, partial(build, seed=7), adamw), make_batch()
+    with torch.enable_grad():
+        fit(stage, [batch])
+    found: dict[str, list[torch.Tensor]] = {"training": [], "teacher": [], "evaluation": []}
+    for _ in range(2):
+        student = stage.train().model(batch)
+        found["training"].append(student.hidden_states)
+        found["teacher"].append(stage.ask_teacher(batch, student).hidden_states)
+        found["evaluation"].append(stage.eval().model(batch).hidden_states)
+    assert {name: torch.equal(*pair) for name, pair in found.items()} == {
+        "training": False,
+        "teacher": True,
+        "evaluation": True,
+    }
 
 
 def test_a_part_of_a_batch_is_the_batch_of_its_sequences() -> None:
@@ -184,11 +206,11 @@ def test_a_batch_is_cut_by_the_teacher_of_each_source() -> None:
 
 def test_on_policy_steps_are_the_share_asked_for_and_the_same_on_every_rank() -> None:
     settings = OnPolicy.parse({"fraction": 0.3})
-    assert settings is not None
     drawn = [settings.is_drawn(seed=4, step=step) for step in range(2000)]
     assert sum(drawn) / 2000 == pytest.approx(0.3, abs=0.04)
     assert drawn == [settings.is_drawn(seed=4, step=step) for step in range(2000)]
-    assert OnPolicy.parse({"fraction": 0.0}) is None
+    for none in (None, {"fraction": 0.0}):
+        assert not any(OnPolicy.parse(none).is_drawn(seed=4, step=step) for step in range(100))
     for values in ({"max_new_tokens": 3}, {"fraction": 1.5}, {"fraction": 0.5, "share": 1}):
         with pytest.raises(ValueError, match=r"on_policy"):
             OnPolicy.parse(values)

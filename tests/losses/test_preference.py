@@ -6,7 +6,6 @@ import torch
 from moevlm.losses.preference import (
     PREFERENCE_LOSSES,
     Preference,
-    blend_references,
     preference_loss,
     reward_metrics,
     split_pairs,
@@ -71,12 +70,6 @@ def test_no_pairs_give_zero_not_nan(name: str) -> None:
     empty = torch.zeros(0, requires_grad=True)
     extra = NO_KL if name == "kto" else {}
     assert preference_loss(empty, empty, Preference(name), **extra).sum.item() == 0.0
-
-
-def test_a_blend_lies_between_its_references() -> None:
-    references = {"teacher": torch.tensor([-1.0]), "self": torch.tensor([-3.0])}
-    assert blend_references(references, 0.25).item() == pytest.approx(-2.5)
-    assert blend_references({"self": references["self"]}, 0.25).item() == -3.0
 
 
 def test_pairs_are_matched_by_id_whatever_their_order_and_others_are_left_out() -> None:

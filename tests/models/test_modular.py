@@ -93,8 +93,7 @@ def test_a_common_expert_is_averaged_with_the_chosen_one(experts: list[str]) -> 
 
 
 def test_each_domain_moves_its_own_expert_and_what_is_shared() -> None:
-    base = dense()
-    vlm = ModularVLM(base.vision_encoder, base.connector, base.language_model, num_experts=3).train()
+    vlm = ModularVLM(dense(), num_experts=3).train()
     output = vlm(domains(tiny_batch(("siqqaa", "sqqaaa")), 1, 1))
     output.hidden_states.square().sum().backward()
     moved = {name.split(".layers")[0]: False for name, _ in vlm.named_parameters()}
