@@ -4,7 +4,9 @@ Forward: sort the choices, copy each token to the rows of its experts, and per e
 weighted SwiGLU; add each token's rows up. Kept for the backward: tokens, gate and up. Backward: the activation is
 made again in the pass that makes the gradients of gate, up and the weights; buffers are those of one expert at a time.
 The products are cuBLAS's, expert by expert, from and into slices; the host reads the counts once, while the tokens are
-copied.
+copied. cuBLAS takes longer to choose a kernel for a number of rows it has not met than to run it, and routing brings
+new numbers in every step, so each product takes its rows up to the next multiple of `ROW_STEP`: what a product writes
+behind its expert's rows is written over by the next expert, and what a sum over rows would take in is zero.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from moevlm.ops.grouped_ffn import GroupedSwiGLU, prefers_grouped
 from moevlm.ops.steps import Steps, steps_for
 
 MOST_EXPERTS = 128  # tiles of the kernels hold a number for each
+ROW_STEP = 128  # rows of a tile of a product on a GPU: a part of a tile takes as long as a whole one
 
 
 class SwiGLUExperts(NamedTuple):
@@ -41,6 +44,7 @@ def routed_swiglu(
     dropped_TK: Tensor | None = None,
     steps: Steps | None = None,
     grouped: bool | None = None,
+    row_step: int | None = None,
 ) -> Tensor:
     """``y_t = sum over k of weight_tk * expert_{id_tk}(x_t)`` (arXiv:1701.06538, Eq. 1; experts: arXiv:2002.05202).
 
@@ -53,6 +57,7 @@ def routed_swiglu(
         dropped_TK: choices that add nothing; None: every choice counts.
         steps: None chooses by device.
         grouped: one product for all experts, where nothing is dropped; None chooses by sizes, see `prefers_grouped`.
+        row_step: the rows of every product are a multiple of this; None: `ROW_STEP` on a GPU, else 1.
 
     Returns:
         [T, D] in the dtype of `hidden_TD`; gradients flow to tokens, weights and experts, to those that want one.
@@ -71,7 +76,8 @@ def routed_swiglu(
             hidden_TD.contiguous(), expert_weights_TK.contiguous(), *experts,
             row_of_choice_TK, choice_of_row_C, counts_E, steps,
         )  # fmt: skip
-    order = _Order(row_of_choice_TK, choice_of_row_C, _begin_read(counts_E))
+    row_step = row_step or (ROW_STEP if hidden_TD.is_cuda else 1)
+    order = _Order(row_of_choice_TK, choice_of_row_C, _begin_read(counts_E), row_step)
     return _RoutedSwiGLU.apply(  # type: ignore[no-any-return, no-untyped-call]
         hidden_TD.contiguous(), expert_weights_TK.contiguous(), *experts, order, steps, keeps
     )
@@ -90,6 +96,29 @@ class _Order(NamedTuple):
     row_of_choice: Tensor  # [T, K] int32
     choice_of_row: Tensor  # [T * K] int32
     read_counts: Callable[[], list[int]]
+    row_step: int
+
+
+class _Span(NamedTuple):
+    """The rows of one expert."""
+
+    expert: int
+    start: int
+    num_rows: int
+    step: int
+
+    @property
+    def own(self) -> slice:
+        return slice(self.start, self.start + self.num_rows)
+
+    @property
+    def whole(self) -> slice:
+        """Its rows and those up to the next multiple: the next expert's, or rows behind the last."""
+        return slice(self.start, self.start + self.num_whole)
+
+    @property
+    def num_whole(self) -> int:
+        return -(-self.num_rows // self.step) * self.step
 
 
 class _RoutedSwiGLU(torch.autograd.Function):
@@ -105,27 +134,32 @@ class _RoutedSwiGLU(torch.autograd.Function):
         steps: Steps,
         keeps: bool,
     ) -> Tensor:
-        top_k, width, inner = weights_TK.shape[1], hidden_TD.shape[1], gate_EFD.shape[1]
-        rows_CD = hidden_TD.new_empty(weights_TK.numel(), width)
-        steps.gather_rows(hidden_TD, order.choice_of_row, rows_CD, top_k=top_k)  # while the counts travel to the host
+        top_k, width, inner, step = weights_TK.shape[1], hidden_TD.shape[1], gate_EFD.shape[1], order.row_step
+        num_choices = weights_TK.numel()
+        rows_CD = hidden_TD.new_empty(num_choices + step - 1, width)
+        steps.gather_rows(hidden_TD, order.choice_of_row, rows_CD[:num_choices], top_k=top_k)  # while the counts travel
         counts = order.read_counts()
-        num_rows = sum(counts)
-        rows_MD, choice_of_row_M = rows_CD[:num_rows], order.choice_of_row[:num_rows]
-        most_rows = max(counts, default=0)
-        gate_MF, up_MF = (hidden_TD.new_empty(num_rows if keeps else most_rows, inner) for _ in range(2))
-        inner_MF = hidden_TD.new_empty(most_rows, inner)
-        for e, span in _spans(counts):
-            place = span if keeps else slice(0, counts[e])
-            gate_RF, up_RF, inner_RF = gate_MF[place], up_MF[place], inner_MF[: counts[e]]
-            torch.mm(rows_MD[span], gate_EFD[e].T, out=gate_RF)
-            torch.mm(rows_MD[span], up_EFD[e].T, out=up_RF)
-            steps.swiglu(gate_RF, up_RF, weights_TK, choice_of_row_M[span], inner_RF)
-            torch.mm(inner_RF, down_EDF[e].T, out=rows_MD[span])  # the tokens' copies are not needed again
+        spans = list(_spans(counts, step))
+        choice_of_row_M = order.choice_of_row[: sum(counts)]
+        # what a product may write into: the tokens' copies are no such place while the next expert needs them
+        output_CD = rows_CD if step == 1 else torch.empty_like(rows_CD)
+        most_rows = max((span.num_whole for span in spans), default=0)
+        kept_rows = len(choice_of_row_M) + step - 1 if keeps else most_rows
+        gate_MF, up_MF = (hidden_TD.new_empty(kept_rows, inner) for _ in range(2))
+        inner_RF = hidden_TD.new_empty(most_rows, inner)
+        for span in spans:
+            e, place = span.expert, span.whole if keeps else slice(0, span.num_whole)
+            gate_RF, up_RF = gate_MF[place], up_MF[place]
+            torch.mm(rows_CD[span.whole], gate_EFD[e].T, out=gate_RF)
+            torch.mm(rows_CD[span.whole], up_EFD[e].T, out=up_RF)
+            own = slice(0, span.num_rows)
+            steps.swiglu(gate_RF[own], up_RF[own], weights_TK, choice_of_row_M[span.own], inner_RF[own])
+            torch.mm(inner_RF[: span.num_whole], down_EDF[e].T, out=output_CD[span.whole])
         ctx.save_for_backward(
             hidden_TD, weights_TK, gate_EFD, up_EFD, down_EDF, order.row_of_choice, choice_of_row_M, gate_MF, up_MF
         )
-        ctx.counts, ctx.steps = counts, steps
-        return steps.sum_rows(rows_MD, order.row_of_choice)
+        ctx.counts, ctx.row_step, ctx.steps = counts, step, steps
+        return steps.sum_rows(output_CD, order.row_of_choice)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc, no-untyped-call]
@@ -133,39 +167,48 @@ class _RoutedSwiGLU(torch.autograd.Function):
         hidden_TD, weights_TK, gate_EFD, up_EFD, down_EDF, row_of_choice_TK, choice_of_row_M, gate_MF, up_MF = (
             ctx.saved_tensors
         )
-        counts, steps = ctx.counts, ctx.steps
+        counts, row_step, steps = ctx.counts, ctx.row_step, ctx.steps
         wants_hidden, _, wants_gate, wants_up, wants_down, *_ = ctx.needs_input_grad
-        top_k, num_rows = weights_TK.shape[1], gate_MF.shape[0]
+        top_k, num_rows, (width, inner) = weights_TK.shape[1], gate_MF.shape[0], down_EDF.shape[1:]
         output_grad_TD = output_grad_TD.contiguous()
         weights_grad_TK = torch.zeros_like(weights_TK, dtype=torch.float32)
         gate_grad, up_grad, down_grad = (
             _empty_experts(weight, counts) if wants else None
             for weight, wants in ((gate_EFD, wants_gate), (up_EFD, wants_up), (down_EDF, wants_down))
         )
-        rows_grad_MD = hidden_TD.new_empty(num_rows if wants_hidden else 0, hidden_TD.shape[1])
-        wide = [hidden_TD.new_empty(max(counts, default=0), gate_EFD.shape[1]) for _ in range(3)]
-        narrow = hidden_TD.new_empty(max(counts, default=0), hidden_TD.shape[1])
-        for e, span in _spans(counts):
-            grad_RF, inner_RF, up_grad_RF = (buffer[: counts[e]] for buffer in wide)
-            choices_R, rows_RD = choice_of_row_M[span], narrow[: counts[e]]
-            steps.gather_rows(output_grad_TD, choices_R, rows_RD, top_k=top_k)
+        rows_grad_MD = hidden_TD.new_empty(num_rows if wants_hidden else 0, width)
+        spans = list(_spans(counts, row_step))
+        most_rows = max((span.num_whole for span in spans), default=0)
+        grad_XF, (inner_XF, up_grad_XF) = (
+            hidden_TD.new_empty(most_rows, inner),
+            hidden_TD.new_empty(2, most_rows, inner),
+        )
+        rows_XD = hidden_TD.new_empty(most_rows, width)
+        for span in spans:
+            e, own, whole = span.expert, slice(0, span.num_rows), slice(0, span.num_whole)
+            grad_RF, inner_RF, up_grad_RF, rows_RD = (x[whole] for x in (grad_XF, inner_XF, up_grad_XF, rows_XD))
+            if span.num_rows < span.num_whole:  # behind the expert's rows: nothing that a sum over rows could take in
+                for tensor in (inner_RF, up_grad_RF, rows_RD):
+                    tensor[span.num_rows :].zero_()
+            choices_R = choice_of_row_M[span.own]
+            steps.gather_rows(output_grad_TD, choices_R, rows_RD[own], top_k=top_k)
             torch.mm(rows_RD, down_EDF[e], out=grad_RF)
             steps.swiglu_backward(
-                gate_MF[span], up_MF[span], weights_TK, choices_R, grad_RF,
-                out_RF=inner_RF, up_grad_RF=up_grad_RF, weights_grad_TK=weights_grad_TK,
+                gate_MF[span.own], up_MF[span.own], weights_TK, choices_R, grad_RF[own],
+                out_RF=inner_RF[own], up_grad_RF=up_grad_RF[own], weights_grad_TK=weights_grad_TK,
             )  # fmt: skip
             if down_grad is not None:
                 torch.mm(rows_RD.T, inner_RF, out=down_grad[e])
             if wants_hidden:
-                torch.mm(grad_RF, gate_EFD[e], out=rows_grad_MD[span])
-                rows_grad_MD[span].addmm_(up_grad_RF, up_EFD[e])
+                torch.mm(grad_RF, gate_EFD[e], out=rows_grad_MD[span.whole])
+                rows_grad_MD[span.whole].addmm_(up_grad_RF, up_EFD[e])
             if gate_grad is not None or up_grad is not None:
-                steps.gather_rows(hidden_TD, choices_R, rows_RD, top_k=top_k)
+                steps.gather_rows(hidden_TD, choices_R, rows_RD[own], top_k=top_k)
             if gate_grad is not None:
                 torch.mm(grad_RF.T, rows_RD, out=gate_grad[e])
             if up_grad is not None:
                 torch.mm(up_grad_RF.T, rows_RD, out=up_grad[e])
-        del wide, narrow
+        del grad_XF, inner_XF, up_grad_XF, rows_XD
         hidden_grad_TD = steps.sum_rows(rows_grad_MD, row_of_choice_TK) if wants_hidden else None
         return hidden_grad_TD, weights_grad_TK.to(weights_TK.dtype), gate_grad, up_grad, down_grad, None, None, None
 
@@ -186,10 +229,10 @@ def _begin_read(counts_E: Tensor) -> Callable[[], list[int]]:
     return read
 
 
-def _spans(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Experts that have rows, and their rows."""
+def _spans(counts: Sequence[int], step: int) -> Iterator[_Span]:
+    """Those of the experts that have rows."""
     ends = itertools.accumulate(counts)
-    return ((e, slice(end - count, end)) for e, (count, end) in enumerate(zip(counts, ends)) if count)
+    return (_Span(e, end - count, count, step) for e, (count, end) in enumerate(zip(counts, ends)) if count)
 
 
 def _empty_experts(weight_EIO: Tensor, counts: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from moevlm.ops import plain_steps
 from moevlm.ops.fused_router import router_logits
-from moevlm.ops.routed_ffn import SwiGLUExperts, routed_swiglu
+from moevlm.ops.routed_ffn import ROW_STEP, SwiGLUExperts, routed_swiglu
 from moevlm.ops.steps import PLAIN, triton_steps
 
 SHAPES = [  # tokens, experts, top_k, width, inner: odd ones, one expert, many, more choices than a block
@@ -165,14 +165,15 @@ def check_grouped(problem: Problem) -> None:
 def check_layer(problem: Problem) -> None:
     """Router and experts together, values and gradients, kernels against plain steps; tokens not contiguous."""
     results = []
-    for steps in (triton_steps(), PLAIN):
+    for steps, row_step in ((triton_steps(), ROW_STEP), (PLAIN, 1)):
         wide_TD = problem.hidden_TD.repeat_interleave(2, dim=1)
         leaves = [wide_TD, problem.weights_TK, *problem.parts, problem.router_ED]
         leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         hidden, weights, gate, up, down, router = leaves
         logits_TE, hidden_TD = router_logits(hidden[:, ::2], router, steps=steps)
         experts, ids_TK = SwiGLUExperts(gate, up, down), problem.ids_TK
-        output_TD = routed_swiglu(hidden_TD, ids_TK, weights, experts, dropped_TK=problem.dropped_TK, steps=steps)
+        options = {"dropped_TK": problem.dropped_TK, "steps": steps, "row_step": row_step}
+        output_TD = routed_swiglu(hidden_TD, ids_TK, weights, experts, **options)
         (output_TD.float().square().sum() + logits_TE.square().sum()).backward()
         results.append([output_TD, logits_TE, *(leaf.grad for leaf in leaves)])
     for found, expected in zip(*results):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from moevlm.ops.fused_choosing import fused_top_k_routing
 from moevlm.ops.fused_router import router_logits
@@ -26,9 +28,11 @@ class Choices(NamedTuple):
     dropped: Tensor | None = None
 
 
-def fused(hidden: Tensor, choices: Choices, experts: SwiGLUExperts, grouped: bool = False) -> Tensor:
+def fused(
+    hidden: Tensor, choices: Choices, experts: SwiGLUExperts, grouped: bool = False, row_step: int | None = None
+) -> Tensor:
     ids, weights, dropped = choices
-    return routed_swiglu(hidden, ids, weights, experts, dropped_TK=dropped, grouped=grouped)
+    return routed_swiglu(hidden, ids, weights, experts, dropped_TK=dropped, grouped=grouped, row_step=row_step)
 
 
 def loop(hidden: Tensor, choices: Choices, experts: SwiGLUExperts) -> Tensor:
@@ -94,6 +98,36 @@ def test_values_and_gradients_equal_those_of_the_loop(tokens: int, top_k: int, d
         value = torch.zeros_like(found[name]) if value is None else value  # every choice of the loop was dropped
         check_close(found[name], value, name)
     assert not found["gate"][E - 1].any(), "an expert without a token has a gradient of zero"
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("row_step", [8, 64, 4 * T])
+def test_rows_that_round_a_product_up_add_nothing(nan_in_new_memory: None, row_step: int, drops: bool) -> None:
+    problem = draw(drops=drops)
+    found, expected = run(partial(fused, row_step=row_step), *problem), run(loop, *problem)
+    for name, value in expected.items():
+        check_close(found[name], value, name)
+    frozen = run(partial(fused, row_step=row_step), *problem, frozen=("hidden", "gate"))
+    check_close(frozen["down"], expected["down"])
+
+
+def test_every_product_on_rows_takes_a_multiple_of_them() -> None:
+    leaves, ids, _ = draw()
+    with FlopCounterMode(display=False) as exact:
+        run(partial(fused, row_step=1), leaves, ids, None)
+    with FlopCounterMode(display=False) as rounded:
+        run(partial(fused, row_step=64), leaves, ids, None)
+    counts = ids.flatten().bincount().tolist()
+    whole = [-(-count // 64) * 64 for count in counts]
+    assert rounded.get_total_flops() / exact.get_total_flops() == pytest.approx(sum(whole) / sum(counts))
 
 
 def test_no_token_at_all_leaves_zero_gradients() -> None:
