@@ -60,6 +60,7 @@ class Session:
         inputs = vlm.embed(pack(prompts).to(self.device), self.view)
         lengths_B = torch.tensor(inputs.splice.lengths, device=self.device)
         self.longest, self.num_steps = max(inputs.splice.lengths), 0
+        is_padded = min(inputs.splice.lengths) < self.longest
         self.starts_B = self.longest - lengths_B
         position_ids_BS = torch.arange(self.longest, device=self.device) - self.starts_B[:, None]
         self.real_BS = position_ids_BS >= 0
@@ -71,10 +72,10 @@ class Session:
             self.cache = vlm.new_cache(inputs, None if self.decoding == "dynamic" else self.size)
         hidden_BD = vlm.decode(
             embeds_BSD,
-            attention_mask=_prefill_mask(self.real_BS),
+            attention_mask=_prefill_mask(self.real_BS) if is_padded else None,
             position_ids=position_ids_BS.clamp(min=0),
             past_key_values=self.cache,
-            token_mask=self.real_BS,
+            token_mask=self.real_BS if is_padded else None,
         )[:, -1]
         return vlm.head.logits(hidden_BD)
 

@@ -179,17 +179,16 @@ class _RoutedSwiGLU(torch.autograd.Function):
         rows_grad_MD = hidden_TD.new_empty(num_rows if wants_hidden else 0, width)
         spans = list(_spans(counts, row_step))
         most_rows = max((span.num_whole for span in spans), default=0)
-        grad_XF, (inner_XF, up_grad_XF) = (
-            hidden_TD.new_empty(most_rows, inner),
-            hidden_TD.new_empty(2, most_rows, inner),
-        )
+        grad_XF, inner_XF, up_grad_XF = (hidden_TD.new_empty(most_rows, inner) for _ in range(3))
         rows_XD = hidden_TD.new_empty(most_rows, width)
+        # what sums over rows meets zeros behind an expert's own in rows_XD; in the others anything finite will do
+        fewest_rows = min((span.num_rows for span in spans), default=0)
+        for buffer in (inner_XF, up_grad_XF) if row_step > 1 else ():
+            buffer[fewest_rows:].zero_()
         for span in spans:
             e, own, whole = span.expert, slice(0, span.num_rows), slice(0, span.num_whole)
             grad_RF, inner_RF, up_grad_RF, rows_RD = (x[whole] for x in (grad_XF, inner_XF, up_grad_XF, rows_XD))
-            if span.num_rows < span.num_whole:  # behind the expert's rows: nothing that a sum over rows could take in
-                for tensor in (inner_RF, up_grad_RF, rows_RD):
-                    tensor[span.num_rows :].zero_()
+            rows_RD[span.num_rows :].zero_()
             choices_R = choice_of_row_M[span.own]
             steps.gather_rows(output_grad_TD, choices_R, rows_RD[own], top_k=top_k)
             torch.mm(rows_RD, down_EDF[e], out=grad_RF)

@@ -104,6 +104,7 @@ def test_padding_never_reaches_the_router():
     token_mask = torch.tensor([[False, True, True], [True, True, True]])
     with layer.recorder.open(token_mask=token_mask) as routings:
         output = layer(hidden)
+        assert layer.recorder.token_rows is layer.recorder.token_rows, "the device is asked once for all layers"
     assert routings[3].expert_ids.shape == (5, 2)
     assert torch.equal(output[0, 0], torch.zeros(WIDTH))
     torch.testing.assert_close(output[token_mask], layer(hidden[token_mask]))

@@ -97,15 +97,11 @@ class SparseMoE(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] -> [..., D]; rows that the recorder's token mask calls padding are skipped and come out as 0."""
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        token_mask = self.recorder.token_mask
-        if self.recorder.is_static:  # a row that no longer runs comes out as its shared part; nobody reads it
+        # in a static step a row that no longer runs comes out as its shared part; nobody reads it
+        if self.recorder.is_static or (rows_N := self.recorder.token_rows) is None:
             return self._mix(hidden_TD).view_as(hidden_states)
-        if token_mask is None:
-            return self._mix(hidden_TD).view_as(hidden_states)
-        token_mask_T = token_mask.reshape(-1)
-        output_TD = hidden_TD.new_zeros(hidden_TD.shape)
-        output_TD[token_mask_T] = self._mix(hidden_TD[token_mask_T]).to(output_TD.dtype)
-        return output_TD.view_as(hidden_states)
+        mixed_ND = self._mix(hidden_TD.index_select(0, rows_N)).to(hidden_TD.dtype)
+        return torch.zeros_like(hidden_TD).index_copy(0, rows_N, mixed_ND).view_as(hidden_states)
 
     def _mix(self, hidden_TD: Tensor) -> Tensor:
         """Routed experts, and what every token sees beside them."""

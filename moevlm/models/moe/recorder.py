@@ -21,6 +21,14 @@ class RoutingRecorder:
         self.token_mask: Tensor | None = None  # [B, S] bool, True for real tokens; None: every row is real
         self.is_static = False  # a decode step whose shapes must not depend on what routers choose
         self._routings: dict[int, Routing] | None = None
+        self._token_rows: Tensor | None = None
+
+    @property
+    def token_rows(self) -> Tensor | None:
+        """[N] int64 rows of the real tokens among B * S; None: every row is real. The device is asked once a call."""
+        if self._token_rows is None and self.token_mask is not None:
+            self._token_rows = self.token_mask.flatten().nonzero().squeeze(1)
+        return self._token_rows
 
     @property
     def is_open(self) -> bool:
@@ -41,7 +49,7 @@ class RoutingRecorder:
         try:
             yield routings
         finally:
-            self._routings, self.token_mask, self.is_static = None, None, False
+            self._routings, self.token_mask, self.is_static, self._token_rows = None, None, False, None
 
     def record(self, layer_index: int, routing: Routing) -> None:
         """Keep the record of one layer, if open."""
