@@ -116,7 +116,7 @@ def test_what_a_stage_needs_is_its_start_its_after_and_the_folders_it_names() ->
     table = settings_of("pipeline=distillation_table")
     stages = {stage["name"]: stage for stage in table["stages"]}
     assert needs_of(stages["offline"], table) == {"alignment", "cache"}
-    assert needs_of(stages["d2s"], table) == {"d2d"}
+    assert needs_of(stages["d2s"], table) == {"d2d_start"}
     modular = settings_of("pipeline=modular")
     stages = {stage["name"]: stage for stage in modular["stages"]}
     assert needs_of(stages["ple"], modular) == {"captions", "instructions", "descriptions"}
@@ -133,7 +133,7 @@ def test_jobs_with_most_behind_them_go_first_and_evaluations_wait_for_their_mode
     behind = urgency(jobs)
     names = {job.name.removeprefix("distillation_table/seed_0/"): job for job in jobs}
     counts = {name: behind[job.name] for name, job in names.items()}
-    assert (counts["alignment"], counts["d2d"], counts["d2s"], counts["sft"], counts["eval/sft"]) == (4, 3, 2, 1, 0)
+    assert (counts["alignment"], counts["d2d_start"], counts["d2s"], counts["sft"], counts["eval/sft"]) == (4, 3, 2, 1, 0)
     assert names["eval/d2s"].needs == ("distillation_table/seed_0/d2s",)
     assert names["eval/teacher"].needs == ()
     waiting = ParallelRun(jobs, 1).waiting
