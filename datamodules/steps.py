@@ -240,17 +240,21 @@ class StepLoader:
     def __iter__(self) -> Iterator[list[VLMBatch]]:
         remaining = self.num_steps - self.start()
         steps = iter(self.loader)
-        while remaining > 0:
-            began = time.perf_counter()
-            step = next(steps, None)
-            self.waited_seconds += time.perf_counter() - began
-            if step is None:
-                return
-            self.rejections.record(step.rejected, step.num_samples)  # of one step: nothing is fetched ahead of it
-            if step.failure:
-                raise ValueError(step.failure)
-            remaining -= 1
-            yield step.batches
+        try:
+            while remaining > 0:
+                began = time.perf_counter()
+                step = next(steps, None)
+                self.waited_seconds += time.perf_counter() - began
+                if step is None:
+                    return
+                self.rejections.record(step.rejected, step.num_samples)  # of one step: nothing is fetched ahead of it
+                if step.failure:
+                    raise ValueError(step.failure)
+                remaining -= 1
+                yield step.batches
+        finally:
+            # ends the workers now: once garbage in a cycle, with an error's traceback, torch can no longer tell them to
+            del steps
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

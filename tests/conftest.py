@@ -1,9 +1,12 @@
-"""What all tests share: Triton's interpreter where there is no GPU, and there no test that needs one.
+"""What all tests share: Triton's interpreter where no GPU is, no test there that needs one, and short runs.
 
 Triton's own functions are made when it is first imported, by whatever test comes first: so its interpreter is chosen
 here.
 """
 
+from __future__ import annotations
+
+import gc
 import os
 
 import pytest
@@ -11,6 +14,24 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+gc.disable()  # until everything is imported
+
+LONG = ("test_ranks", "test_pipeline", "test_programs", "test_recipes", "test_kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long modules first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector skips what importing left; walking that took a sixth of the time."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else extension modules report leaks at exit
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

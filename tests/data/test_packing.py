@@ -52,8 +52,9 @@ def test_every_position_stands_in_one_row_and_no_row_is_too_long() -> None:
 
 
 def test_rows_are_found_from_anywhere_without_packing_what_stands_before() -> None:
-    walked = [plan_of(700, 300).row(number) for number in range(300)]
-    jumped = plan_of(700, 300)
+    walking, jumped = plan_of(700, 300), plan_of(700, 300)
+    walked = [walking.row(number) for number in range(300)]
+    assert [plan_of(700, 300).row(number) for number in (7, 150, 299)] == [walked[7], walked[150], walked[299]]
     window, before = plan_of(700, 300).window_of(250)
     assert window > 1
     jumped.start_at(window, before)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,14 @@ def test_a_source_without_a_usable_sample_ends_in_one_clear_line(tmp_path: Path,
     with pytest.raises(ValueError, match="no usable sample in 32 draws from source made_up") as caught:
         keys_of(loader)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_ends_in_an_error_leaves_no_worker_behind(tmp_path: Path) -> None:
+    others = set(multiprocessing.active_children())
+    loader = module_of(make_shards(tmp_path, [LONG]), num_workers=2).train_dataloader()
+    with pytest.raises(ValueError, match="samples were rejected") as caught:  # its traceback holds what iterated
+        keys_of(loader)
+    assert set(multiprocessing.active_children()) <= others, caught
 
 
 def test_a_resumed_run_names_each_bad_sample_once(tmp_path: Path) -> None:

@@ -29,6 +29,12 @@ TINY_RUN = [
 ]
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Not traced for coverage, which does not count `experiments`: what else they run has tests of its own, and tracing
+    doubles the time of composing configs."""
+    item.add_marker("no_cover")
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A written and sharded world."""

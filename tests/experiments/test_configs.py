@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ EXPERIMENTS = sorted(
 PIPELINES = sorted(path.stem for path in CONF.glob("pipeline/*.yaml"))
 
 
+@functools.cache
 def compose_plain(config_name: str, *overrides: str) -> dict:
     with initialize_config_module("conf", version_base=None):
         cfg = compose(config_name, list(overrides))

@@ -133,7 +133,13 @@ def test_jobs_with_most_behind_them_go_first_and_evaluations_wait_for_their_mode
     behind = urgency(jobs)
     names = {job.name.removeprefix("distillation_table/seed_0/"): job for job in jobs}
     counts = {name: behind[job.name] for name, job in names.items()}
-    assert (counts["alignment"], counts["d2d_start"], counts["d2s"], counts["sft"], counts["eval/sft"]) == (4, 3, 2, 1, 0)
+    assert (counts["alignment"], counts["d2d_start"], counts["d2s"], counts["sft"], counts["eval/sft"]) == (
+        4,
+        3,
+        2,
+        1,
+        0,
+    )
     assert names["eval/d2s"].needs == ("distillation_table/seed_0/d2s",)
     assert names["eval/teacher"].needs == ()
     waiting = ParallelRun(jobs, 1).waiting

@@ -1,14 +1,11 @@
 """What one rank of `test_ranks.py` runs: every case takes two steps under DDP and under FSDP2.
 
-    python -m tests.lightning_modules.rank_worker FOLDER   (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_* in the environment)
-
 The first rank writes the parameters after the steps, and what was logged, to FOLDER/<strategy>_<case>.pt.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,10 +34,11 @@ from tests.lightning_modules.runs import (
 TAUGHT = ("mimic_distillation", "replicated_teacher", "offloaded_teacher_of_the_same_vision")
 
 
-def main(folder: Path) -> None:
+def run_rank(rank: int, port: int, folder: Path) -> None:
     """Run all cases; DDP first, since FSDP2 shards in place."""
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
     for kind in ("ddp", "fsdp"):
         for name in RANK_CASES:
             stage = make_stage(name, optimizer=sgd)
@@ -125,7 +123,3 @@ def _save(path: Path, model: torch.nn.Module, metrics: Mapping[str, Any], rank: 
     if rank == 0:
         logged = {key: float(value) for key, value in metrics.items()}
         torch.save({"parameters": parameters, "logged": logged, "biases": selection_biases(model)}, path)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

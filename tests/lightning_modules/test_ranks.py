@@ -1,22 +1,21 @@
-"""Two processes take the same step as one: every stage, under DDP and under FSDP2. One spawned pair runs all cases."""
+"""Two processes take the same step as one: every stage, under DDP and under FSDP2. One pair runs all cases."""
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from lightning_modules.callbacks.routing_monitor import RoutingMonitor
 from lightning_modules.router_losses import router_losses
 from lightning_modules.strategies import consolidate
 from moevlm.models.pretrained import load_pretrained
 from moevlm.ops.routing import top_k_routing
+from tests.lightning_modules.rank_worker import run_rank
 from tests.lightning_modules.runs import (
     RANK_CASES,
     build_adversarial,
@@ -30,7 +29,6 @@ from tests.lightning_modules.runs import (
 )
 
 pytestmark = pytest.mark.timeout(600)  # several cases more than a minute on two busy cores
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    torchrun = {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.lightning_modules.rank_worker", str(folder)]
-    processes = []
-    for rank in ("0", "1"):
-        environment = {**os.environ, **shared, **torchrun, "RANK": rank, "LOCAL_RANK": rank}
-        with (folder / f"{rank}.log").open("wb") as log:
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=540) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for rank, code in enumerate(codes):
-        assert code == 0, (folder / f"{rank}.log").read_text()[-3000:]
+    method = "spawn" if torch.cuda.is_available() else "fork"  # a fork need not import everything again
+    mp.start_processes(run_rank, args=(port, folder), nprocs=2, daemon=True, start_method=method)
     return folder
 
 

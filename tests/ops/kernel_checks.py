@@ -18,7 +18,7 @@ from moevlm.ops.steps import PLAIN, triton_steps
 SHAPES = [  # tokens, experts, top_k, width, inner: odd ones, one expert, many, more choices than a block
     (5, 4, 2, 16, 24),
     (37, 3, 1, 33, 45),
-    (90, 128, 3, 20, 12),
+    (30, 128, 3, 20, 12),
     (1, 1, 1, 7, 5),
     (700, 5, 2, 8, 9),
     (50, 64, 8, 8, 16),

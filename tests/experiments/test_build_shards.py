@@ -1,33 +1,30 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from experiments import build_shards, verify_shards
 from experiments.build_shards import count_tokens, shard_records
 from moevlm.data.reader import IndexedShards
+from tests.experiments.conftest import Ended
 from tests.samples import llava_record, small_processor, write_llava
 
-
-def run(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "experiments.build_shards", *overrides]
-    return subprocess.run(command, cwd=cwd, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False)
+Console = Callable[..., Ended]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_program_writes_shards_and_says_what_it_rejected(tmp_path: Path) -> None:
     write_llava(tmp_path, [*(llava_record(number) for number in range(6)), {"id": "bad"}])
-    done = run(
-        "json=records.json",
-        "image_folder=images",
-        "output=out",
-        "max_rejected_fraction=0.5",
-        "source=test",
-        cwd=tmp_path,
-    )
+    arguments = ["json=records.json", "image_folder=images", "output=out", "max_rejected_fraction=0.5", "source=test"]
+    command = [sys.executable, "-m", "experiments.build_shards", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "6 samples in 1 shards" in done.stdout
     assert "1 records rejected (no_turns 1); names in out/rejected.jsonl" in done.stdout
@@ -37,14 +34,13 @@ def test_the_program_writes_shards_and_says_what_it_rejected(tmp_path: Path) -> 
     assert {path.name for path in tmp_path.iterdir()} == {"records.json", "images", "out"}
 
 
-def test_the_program_ends_in_one_clear_line_past_the_limit(tmp_path: Path) -> None:
-    write_llava(tmp_path, [llava_record(0), llava_record(1)])
-    (tmp_path / "images" / "0.png").unlink()
-    done = run("json=records.json", "image_folder=images", "output=out", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "1 of 2 records were rejected (missing_image 1)" in line
+def test_the_program_ends_in_one_clear_line_past_the_limit(console: Console, tmp_path: Path) -> None:
+    json_file, images = write_llava(tmp_path, [llava_record(0), llava_record(1)])
+    (images / "0.png").unlink()
+    ended = console(build_shards.main, f"json={json_file}", f"image_folder={images}", f"output={tmp_path}/out")
+    assert ended.code == 2
+    (line,) = [line for line in ended.errors if not line.startswith("WARNING: ")]
+    assert line.startswith("error: 1 of 2 records were rejected (missing_image 1)")
     assert "raise max_rejected_fraction" in line
 
 
@@ -57,7 +53,7 @@ def test_other_programs_shard_records_through_the_same_function(
     assert "1 samples in 1 shards" in capsys.readouterr().out
 
 
-def test_shards_are_verified_by_a_program_and_tokens_counted_for_the_manifest(tmp_path: Path) -> None:
+def test_shards_are_verified_by_a_program_and_tokens_counted_for_the_manifest(console: Console, tmp_path: Path) -> None:
     json_file, images = write_llava(tmp_path, [llava_record(number) for number in range(6)])
     manifest = shard_records(json_file, images, tmp_path / "out")
     count_tokens(tmp_path / "out", small_processor(), manifest)
@@ -65,15 +61,10 @@ def test_shards_are_verified_by_a_program_and_tokens_counted_for_the_manifest(tm
     (statistics,) = stored["text_tokens"].values()
     assert 0 < statistics["min"] <= statistics["median"] <= statistics["p95"] <= statistics["max"]
     assert stored["text"]["turns"] == 12
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "experiments.verify_shards", "folder=out"]
-    whole = subprocess.run(
-        command, cwd=tmp_path, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
-    )
-    assert "out: no fault" in whole.stdout, whole.stderr
+    whole = console(verify_shards.main, f"folder={tmp_path}/out")
+    assert whole.code == 0
+    assert "out: no fault" in whole.output
     (tmp_path / "out" / "000000.tar").write_bytes(b"x" * 9)
-    broken = subprocess.run(
-        command, cwd=tmp_path, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
-    )
-    assert broken.returncode == 2
-    assert "000000.tar: size or checksum is not the manifest's" in broken.stderr
+    broken = console(verify_shards.main, f"folder={tmp_path}/out")
+    assert broken.code == 2
+    assert any("000000.tar: size or checksum is not the manifest's" in line for line in broken.errors)
