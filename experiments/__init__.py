@@ -1,4 +1,4 @@
-"""The programs. What the tensor library says of torchao's enums as transformers imports it is nothing a user can act on."""
+"""The programs. A user can do nothing about what torch says of torchao's enums while transformers imports it."""
 
 import logging
 
