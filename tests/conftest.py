@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Generator
+from sys import gettrace, settrace
 
 import pytest
 import torch
@@ -28,6 +30,19 @@ def pytest_collection_finish() -> None:
     """The garbage collector skips what importing left; walking that took a sixth of the time."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Without a tracer where a test is marked so; pytest-cov's own marker has no effect in a worker of pytest-xdist."""
+    if item.get_closest_marker("untraced") is None:
+        return (yield)
+    tracer = gettrace()
+    settrace(None)
+    try:
+        return (yield)
+    finally:
+        settrace(tracer)
 
 
 def pytest_sessionfinish() -> None:

@@ -32,7 +32,7 @@ TINY_RUN = [
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Not traced for coverage, which does not count `experiments`: what else they run has tests of its own, and tracing
     doubles the time of composing configs."""
-    item.add_marker("no_cover")
+    item.add_marker("untraced")
 
 
 @pytest.fixture(scope="session")

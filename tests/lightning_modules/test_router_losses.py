@@ -63,7 +63,7 @@ def test_the_routers_gradient_changes_with_the_coefficient(gradient_checkpointin
     torch.testing.assert_close(found, router_gradients(0.0, 10.0))
 
 
-@pytest.mark.no_cover  # tracing doubles the time of compiling
+@pytest.mark.untraced  # tracing doubles the time of compiling
 @pytest.mark.parametrize("backend", COMPILED)
 def test_the_same_holds_for_a_compiled_model(backend: str) -> None:
     without, strong = found = router_gradients(0.0, 10.0, backend=backend, gradient_checkpointing=True)

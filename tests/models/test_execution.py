@@ -99,7 +99,7 @@ def counter(monkeypatch) -> CompileCounter:
     return counter
 
 
-@pytest.mark.no_cover  # tracing doubles the time of compiling
+@pytest.mark.untraced  # tracing doubles the time of compiling
 @pytest.mark.parametrize(
     ("moe", "policy"),
     [
@@ -116,7 +116,7 @@ def test_compiled_layers_give_the_same_gradients(counter, moe, policy) -> None:
     assert counter.frame_count > 0
 
 
-@pytest.mark.no_cover  # tracing doubles the time of compiling
+@pytest.mark.untraced  # tracing doubles the time of compiling
 @pytest.mark.parametrize("moe", [pytest.param(None, marks=pytest.mark.slow), MOE])
 def test_another_batch_compiles_nothing(counter, moe) -> None:
     vlm = tiny_vlm(moe, compile=True)

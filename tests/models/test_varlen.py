@@ -154,7 +154,7 @@ def run(vlm, batch, keep=()) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, pytest.param({"compile": True}, marks=pytest.mark.no_cover)],  # tracing doubles the time of compiling
+    [{}, pytest.param({"compile": True}, marks=pytest.mark.untraced)],  # tracing doubles the time of compiling
 )
 def test_a_model_computes_the_same_by_either_kernel(on_cpu, monkeypatch, options) -> None:
     compile_module = torch.nn.Module.compile
