@@ -43,10 +43,10 @@ def test_published_stage_graphs_run(name: str, world: Path, tmp_path: Path) -> N
 def test_the_table_runs_online_and_from_caches(world: Path, tmp_path: Path) -> None:
     summary = run("distillation_table", world, tmp_path, "seed=1")
     stages = {stage["name"]: stage for stage in summary["stages"]}
-    assert len(stages) == 13
+    assert {"sft_sparse", "d2s", "preference_teacher", "adaptive_trend", "online", "offline_sampled"} <= set(stages)
     assert summary["programs"]["cache"]["num_caches"] == 3
     assert (tmp_path / "distillation_table/seed_1/d2d/config.yaml").read_text().count("seed: 1")
-    assert stages["offline"]["loss_last"] == pytest.approx(stages["d2d"]["loss_last"], rel=0.05)
+    assert stages["offline"]["loss_last"] == pytest.approx(stages["online"]["loss_last"], rel=0.05)
 
 
 @pytest.mark.slow
