@@ -29,9 +29,9 @@ class PowerCut(Callback):
 
 
 def training_rows(folder: Path) -> list[dict[str, Any]]:
+    """All that is logged of training steps but what the machine has to do with: times, rates, memory."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time", "perf/tokens_per_second", "perf/samples_per_second", "perf/peak_memory_gib", "perf/step_seconds")
-    rows = [{name: value for name, value in row.items() if name not in timed} for row in rows]
+    rows = [{key: value for key, value in row.items() if key != "time" and not key.startswith("perf/")} for row in rows]
     return [row for row in rows if "train/loss" in row]
 
 
