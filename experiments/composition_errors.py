@@ -12,7 +12,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException, HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import conf
@@ -76,6 +76,8 @@ def _unknown_key(key: str, config_name: str, overrides: Sequence[str]) -> str:
         node = node._get_node(part)
     parent = ".".join(path)
     wrong = ".".join([*path, *key.split(".")[len(path) : len(path) + 1]])
+    if isinstance(node, Node) and node._is_interpolation():  # as one key that stands for another
+        return f"unknown key {key}: {parent} is {node._value()} here; set the keys of that, or {parent} as a whole"
     if not isinstance(node, DictConfig) or node._is_none():
         return (
             f"unknown key {key}: {parent or config_name} is no group of keys here; set it as a whole, or choose another"

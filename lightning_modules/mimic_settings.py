@@ -69,6 +69,12 @@ class TokenSettings:
         check_weighting(self.weighting)
         check_selection(self.selection, self.affinity_fraction)
         check_method(self.cross_tokenizer)
+        if self.weighting == "teacher_correctness" and self.selection in ("visual", "all"):
+            raise ValueError(
+                f"token_weighting=teacher_correctness asks for given tokens, and kd_tokens={self.selection} "
+                "holds visual tokens, of which none is given; set stage.kd_tokens=answer or text, or another "
+                "stage.token_weighting"
+            )
 
     def check_tokenizers(self, batch: VLMBatch) -> None:
         """Refuse a batch that was encoded for another number of tokenizers than the stage compares."""

@@ -104,6 +104,12 @@ def test_an_unknown_key_of_one_stage_leaves_the_next_one_composable() -> None:
         assert compose_stage("second", "train", ["experiment=mini/moe_tuning", "optimizer.lr=1.0"]).optimizer.lr == 1.0
 
 
+def test_a_key_that_stands_for_another_is_refused_by_the_name_of_that() -> None:
+    said = r"unknown key world\.num_train: world is \$\{miniature_world\} here"
+    with initialize_config_module("conf", version_base=None), pytest.raises(ValueError, match=said):
+        compose_stage("demo", "pipeline", ["pipeline=demo", "world.num_train=80"])
+
+
 def test_several_models_are_evaluated_under_random_routing_too() -> None:
     asked = "evaluate.random_routing=[sft_sparse, d2s]"
     settings = settings_of("pipeline=distillation_table", asked)

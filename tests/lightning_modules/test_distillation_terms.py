@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lightning_modules.mimic_distillation import MimicDistillation
+from lightning_modules.mimic_settings import MimicPlan
 from moevlm.losses.selection import UNIT_OF
 from tests.lightning_modules.runs import (
     EVERY_TERM,
@@ -174,3 +175,12 @@ def test_what_a_cache_does_not_know_is_refused() -> None:
         message = f"a teacher cache knows the given answers' tokens only, not what {named} looks at"
         with pytest.raises(ValueError, match=message):
             stage.configure_model()
+
+
+@pytest.mark.parametrize("tokens", ["visual", "all"])
+def test_correctness_of_tokens_that_nobody_gave_is_refused_at_once(tokens: str) -> None:
+    settings: Any = {"kd_tokens": tokens, "token_weighting": "teacher_correctness"}
+    with pytest.raises(
+        ValueError, match=rf"kd_tokens={tokens} holds visual tokens.*set stage\.kd_tokens=answer or text"
+    ):
+        MimicPlan.parse(settings, ["kd"], measures_gradients=False)
